@@ -1,0 +1,81 @@
+# Set-up, checks and the everyday commands. Needs Python 3.11 or newer with pip and venv, make and git.
+#
+# PyTorch. On Linux, PyPI holds only PyTorch's CUDA build: it runs on a CPU too, but brings about 2.2 GB of NVIDIA
+# packages, and it can't be imported without them. For the CPU build, say where it is, by one of these (all optional):
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu make install    PyTorch's own index, or a copy of it
+#   PIP_FIND_LINKS=FOLDER make install                                   a folder with PyTorch's CPU wheel
+# The index is never the default: where it can't be reached, nothing would install.
+# After a change of either, start afresh: `make clean install`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# uv doesn't read pip's variables; a blank one stands for none.
+UV_OPTIONS := \
+  $(if $(strip $(UV_FIND_LINKS)),,$(foreach link,$(PIP_FIND_LINKS),--find-links "$(link)")) \
+  $(if $(strip $(UV_DEFAULT_INDEX)$(UV_INDEX_URL)),,$(foreach url,$(PIP_INDEX_URL),--default-index "$(url)")) \
+  $(foreach url,$(TORCH_INDEX_URL),--index "$(url)" --index-strategy unsafe-best-match)
+UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(UV_OPTIONS) -e '.[dev]'
+
+# One thread per process for PyTorch and BLAS: the networks are small, and two threads that share a core with another
+# busy process make training several times slower.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check format train bench constraints clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## Install Jevons and its tools into .venv.
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Jevons needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there');" \
+	    "name another one, for example: make install PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@if $(UV_INSTALL) --dry-run 2>&1 | grep -q '^ + nvidia-'; then \
+	  echo "note: PyPI's PyTorch for Linux brings about 2.2 GB of NVIDIA packages; it runs on a CPU too." \
+	    "The head of the Makefile says how to get the CPU build." >&2; fi
+	@$(UV_INSTALL)
+	@touch $@
+
+demo: $(STAMP) ## Run the demo; its report goes to runs/demo.
+	$(BIN)/jevons demo --out runs/demo
+
+test: $(STAMP) ## Run the tests; ARGS goes to pytest, for example ARGS='-k traces'.
+	$(BIN)/pytest $(ARGS)
+
+check: $(STAMP) ## Check format, lint, types and who imports whom.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code and mend what ruff can mend.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train: $(STAMP) ## Train a policy; ARGS goes to `jevons train`.
+	$(BIN)/jevons train $(ARGS)
+
+bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+# PyTorch and what its CUDA build brings stay free: constraints would otherwise choose between CPU and GPU.
+constraints: $(STAMP) ## Write constraints.txt from what .venv holds.
+	@{ sed '/^[^#]/,$$d' constraints.txt; \
+	  $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable \
+	    | grep -vE '^(pip|torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)(==| @)'; } > $(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
+	@touch $(STAMP)
+
+clean: ## Remove .venv, build products and caches; runs/ stays.
+	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .numba_cache .pytest_cache .ruff_cache
+	find policies envs autoscaler training tests -name __pycache__ -type d -prune -exec rm -rf {} +

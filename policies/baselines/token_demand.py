@@ -1,0 +1,49 @@
+"""Token demand times a headroom: the strongest simple rule, and the reference that the learned policy starts from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.action import allocate, reference_batch_cap
+from policies.contract import Bools, Observation, Target
+from policies.fleet import Fleet
+
+
+class TokenDemandPolicy:
+    """Replicas for the larger of both demand estimates, short window or five-minute mean, times a headroom.
+
+    Args:
+        fleet: the services.
+        headroom: factor over the demand, at least 1 to hold any objective.
+        spot_share: share of capacity on spot where it is offered, 0..1.
+        memory_s: time constant of the slow demand mean, seconds.
+    """
+
+    name = "token-demand"
+
+    def __init__(self, fleet: Fleet, headroom: float = 1.5, spot_share: float = 0.5, memory_s: float = 300.0) -> None:
+        self.headroom = headroom
+        self.spot_share = spot_share
+        self.memory_s = memory_s
+        self._fleet = fleet
+        self._mean = np.full(fleet.exists.shape, np.nan)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the slow mean of the masked services."""
+        self._mean[slice(None) if services is None else services] = np.nan
+
+    def propose(self, observation: Observation) -> Target:
+        """The demand with headroom, over the pools."""
+        n = len(self._fleet)
+        keep = np.exp(-observation.snapshot.window_s / self.memory_s)[:, np.newaxis]
+        moved = keep * self._mean + (1.0 - keep) * observation.demand
+        self._mean = np.where(np.isnan(self._mean), observation.demand, moved)
+        return Target(
+            replicas=allocate(
+                np.maximum(observation.demand, self._mean),
+                np.full(n, self.headroom),
+                np.full(n, self.spot_share),
+                self._fleet,
+            ),
+            batch_cap=reference_batch_cap(observation, self._fleet),
+        )

@@ -1,0 +1,167 @@
+"""The nouns that every part of Jevons shares: snapshot, observation, target, policy, decision.
+
+All are structs of arrays. The leading axis `n` counts services (live) or environments (training); `P` counts pools,
+padded to the widest service. A measurement that is missing is NaN, never 0.
+This module must not know where snapshots come from or how targets are carried out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum, IntFlag
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Features = npt.NDArray[np.float32]
+
+BOOT_BINS = 3
+"""Starting replicas are counted by expected remaining time: under 30 s, 30 to 120 s, longer."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Snapshot:
+    """One control window of measurements; the same from Prometheus and from the simulated cluster.
+
+    Shapes are (n,) for the service, (n, P) for its pools. Rates are means over the window. NaN means missing.
+    """
+
+    time_s: Floats  # (n,) end of the window
+    window_s: Floats  # (n,) its length
+
+    arrival_rps: Floats  # (n,) requests that reached the gateway per second
+    prompt_tps: Floats  # (n,) prompt tokens that arrived per second
+    prefill_tps: Floats  # (n,) prompt tokens computed per second: no prefix hits, with recomputation
+    generation_tps: Floats  # (n,) tokens generated per second
+    finished_rps: Floats  # (n,) requests finished per second
+    prompt_tokens_mean: Floats  # (n,) of the requests that finished
+    output_tokens_mean: Floats  # (n,) of the requests that finished
+    queue_requests: Floats  # (n,) waiting at the gateway, in front of the batch cap
+    oldest_wait_s: Floats  # (n,) age of the oldest request without service, seconds
+    ttft_attainment: Floats  # (n,) share of first tokens within the TTFT objective, 0..1
+    tpot_attainment: Floats  # (n,) share of finished requests within the TPOT objective, 0..1
+
+    replicas_target: Floats  # (n, P) what was last asked for
+    replicas_starting: Floats  # (n, P)
+    replicas_ready: Floats  # (n, P)
+    replicas_draining: Floats  # (n, P)
+    boot_pipeline: Floats  # (n, P, BOOT_BINS) starting replicas by expected remaining time
+    running: Floats  # (n, P) requests in the engines' batches
+    waiting: Floats  # (n, P) requests queued inside the engines
+    kv_cache_usage: Floats  # (n, P) mean share of KV blocks in use on ready replicas, 0..1
+    batch_cap: Floats  # (n, P) concurrent requests admitted per replica
+
+    def __len__(self) -> int:
+        """Number of services."""
+        return len(self.time_s)
+
+    def blind(self) -> Bools:
+        """(n,) True where what a scaling decision needs most is missing: replica counts, or any sign of load."""
+        replicas = np.isnan(self.replicas_ready + self.replicas_target + self.replicas_starting).any(axis=1)
+        load = np.isnan(self.running).any(axis=1) | (np.isnan(self.generation_tps) & np.isnan(self.arrival_rps))
+        return replicas | load
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The measurements of one service as plain numbers and lists; NaN becomes None."""
+        plain: dict[str, Any] = {}
+        for field in fields(self):
+            plain[field.name] = _none_for_nan(getattr(self, field.name)[index].tolist())
+        return plain
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Target:
+    """An absolute wish per pool. Absolute, so repeating a tick is harmless."""
+
+    replicas: Ints  # (n, P) starting plus ready
+    batch_cap: Ints  # (n, P) concurrent requests admitted per replica
+
+    def __len__(self) -> int:
+        """Number of services."""
+        return len(self.replicas)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Observation:
+    """A snapshot, what it means in replicas, and the encoded features that a learned policy reads."""
+
+    snapshot: Snapshot
+    features: Features  # (n, F), see `policies.observation.FEATURES`
+    demand_tokens: Floats  # (n, P) replicas of pool p that the measured token rates and the backlog need
+    demand_occupancy: Floats  # (n, P) replicas of pool p that the requests in the system need
+    demand: Floats  # (n, P) the larger of both over the short window
+    batch_limit: Floats  # (n, P) largest batch that meets the TPOT objective and fits the KV cache
+
+
+class Policy(Protocol):
+    """Proposes a target. State, if any, is per service; `reset` clears the given services."""
+
+    name: str
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the history of the services where the mask (n,) is True; of all when None."""
+        ...
+
+    def propose(self, observation: Observation) -> Target:
+        """The wish for the next window, before guardrails."""
+        ...
+
+
+class Reason(IntFlag):
+    """Why a settled target differs from the proposed one; a decision carries any number of these."""
+
+    NONE = 0
+    MISSING_METRICS = 1
+    BACKLOG = 2
+    SLO_BURNING = 4
+    REPLICAS_STARTING = 8
+    STEP_LIMIT = 16
+    COOLDOWN = 32
+    GPU_BUDGET = 64
+    BOUNDS = 128
+    POLICY_FAILED = 256
+    ACTUATION_FAILED = 512
+
+    def words(self) -> list[str]:
+        """The set codes in lower case, for records and tables."""
+        return [reason.name.lower() for reason in Reason if reason and reason in self and reason.name]
+
+
+class Outcome(IntEnum):
+    """What became of a decision."""
+
+    UNCHANGED = 0
+    SCALED = 1
+    HELD = 2
+    ADVISED = 3
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Decision:
+    """What was seen, proposed and settled for `n` services at one tick, and why."""
+
+    snapshot: Snapshot
+    proposed: Target
+    settled: Target
+    reasons: Ints  # (n,) of `Reason` flags
+    outcome: Ints  # (n,) of `Outcome`
+    policy: str
+
+
+class MetricsUnavailable(RuntimeError):  # noqa: N818 - reads as the state that it reports
+    """Raised by a metrics source that has no answer for this tick."""
+
+
+class ActuationFailed(RuntimeError):  # noqa: N818
+    """Raised by an actuator that could not carry out a target."""
+
+
+def _none_for_nan(value: Any) -> Any:
+    """NaN, at any depth of nested lists, replaced by None."""
+    if isinstance(value, list):
+        return [_none_for_nan(item) for item in value]
+    return None if value != value else value

@@ -1,0 +1,88 @@
+"""The pure core: a snapshot becomes an observation, a policy proposes, guardrails settle, a decision records.
+
+`n` wide, no I/O, no clock: time comes with the snapshot. The training environment and the live controller both drive
+this class, so nothing can be decided differently in the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.contract import Bools, Decision, Ints, Observation, Outcome, Policy, Snapshot, Target
+from policies.fleet import Fleet
+from policies.guardrails import Situation, settle
+from policies.observation import ObservationBuilder
+from policies.spec import GuardrailSpec, WindowSpec
+
+
+class Decider:
+    """Observes and settles for `n` services; remembers the targets in force and when they last changed.
+
+    Args:
+        fleet: objectives, pools, prices and bounds of the services.
+        window: control interval and metrics delay.
+        guardrails: the limits on every target.
+    """
+
+    def __init__(self, fleet: Fleet, window: WindowSpec, guardrails: GuardrailSpec) -> None:
+        self.fleet = fleet
+        self.guardrails = guardrails
+        self._builder = ObservationBuilder(fleet, window)
+        n = len(fleet)
+        self._replicas = np.full((n, fleet.pools), -1, np.int64)  # -1: not known yet, taken from the snapshot
+        self._batch_cap = np.ones((n, fleet.pools), np.int64)
+        self._changed_s = np.full(n, -np.inf)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the masked services, all when None."""
+        rows = np.ones(len(self.fleet), bool) if services is None else services
+        self._builder.reset(rows)
+        self._replicas[rows] = -1
+        self._batch_cap[rows] = 1
+        self._changed_s[rows] = -np.inf
+
+    def observe(self, snapshot: Snapshot) -> Observation:
+        """Encode one window; once per tick."""
+        self._adopt(snapshot)
+        return self._builder.observe(snapshot)
+
+    def settle(self, proposed: Target, observation: Observation) -> tuple[Target, Ints]:
+        """Apply the guardrails and remember the result as the target in force; also the (n,) reason flags."""
+        snapshot = observation.snapshot
+        situation = Situation(
+            observation=observation,
+            fleet=self.fleet,
+            spec=self.guardrails,
+            current=np.maximum(self._replicas, 0),
+            current_cap=self._batch_cap,
+            quiet_s=snapshot.time_s - self._changed_s,
+        )
+        settled, reasons = settle(proposed, situation)
+        moved = settled.replicas.sum(axis=1) != situation.current.sum(axis=1)
+        self._changed_s = np.where(moved, snapshot.time_s, self._changed_s)
+        self._replicas = settled.replicas
+        self._batch_cap = settled.batch_cap
+        return settled, reasons
+
+    def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
+        """One whole decision: observe, propose, settle."""
+        before = self._replicas.copy(), self._batch_cap.copy()
+        observation = self.observe(snapshot)
+        proposed = policy.propose(observation)
+        settled, reasons = self.settle(proposed, observation)
+        moved = (settled.replicas - before[0] != 0) | (settled.batch_cap - before[1] != 0)
+        outcome = np.where(
+            snapshot.blind(), Outcome.HELD, np.where(moved.any(axis=1), Outcome.SCALED, Outcome.UNCHANGED)
+        )
+        return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        """Take the targets that are in force in the world for services seen for the first time."""
+        unknown = self._replicas.min(axis=1) < 0
+        new = unknown & ~np.isnan(snapshot.replicas_target + snapshot.batch_cap).any(axis=1)
+        if new.any():
+            rows = new[:, np.newaxis]
+            self._replicas = np.where(rows, np.nan_to_num(snapshot.replicas_target), self._replicas).astype(np.int64)
+            self._batch_cap = np.where(rows, np.nan_to_num(snapshot.batch_cap, nan=1.0), self._batch_cap).astype(
+                np.int64
+            )

@@ -1,0 +1,109 @@
+"""How many replicas the measured load needs, from the step-time model.
+
+An iteration with `B` decodes and `p` prefill tokens takes `a + b*p + c*B + d*KV + attention`. Per generated token, a
+replica that runs batches of `B` over contexts of `L` tokens therefore spends `a/B + c + d*L` seconds, and per prefilled
+token `b + e*(its position in the prompt)` seconds. Rates times these costs are replica-seconds per second: replicas.
+
+Two estimates are made, because either alone breaks on some traffic: from measured token rates (blind to work that has
+not been served yet, so the backlog is added) and from the requests in the system over the batch that the TPOT objective
+allows (blind to prefill, so the prefill rate is added). Only what a live system can measure is used: never a request's
+output length before it has ended.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from policies.contract import Floats, Snapshot
+from policies.fleet import Fleet
+
+BACKLOG_DRAIN_S = 30.0
+"""The backlog should be worked off in this time."""
+DEFAULT_PROMPT_TOKENS = 1000.0
+DEFAULT_OUTPUT_TOKENS = 200.0
+
+
+class Demand(NamedTuple):
+    """Replicas needed, per pool as if it served everything. All (n, P), all at least 0 and finite."""
+
+    tokens: Floats
+    occupancy: Floats
+    batch_limit: Floats
+
+
+class RequestMix:
+    """Remembers the mean lengths of finished requests, so that a window without any still has a mix.
+
+    The memory is an exponential mean over about ten minutes, weighted by finished requests.
+    """
+
+    MEMORY_S = 600.0
+
+    def __init__(self, n: int) -> None:
+        self.prompt_tokens = np.full(n, np.nan)
+        self.output_tokens = np.full(n, np.nan)
+        self._weight = np.zeros(n)
+
+    def reset(self, services: np.ndarray) -> None:
+        """Forget the mix of the masked services."""
+        self.prompt_tokens[services] = np.nan
+        self.output_tokens[services] = np.nan
+        self._weight[services] = 0.0
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Fold in the requests that finished in the window."""
+        count = snapshot.finished_rps * snapshot.window_s
+        seen = (count > 0) & ~np.isnan(snapshot.prompt_tokens_mean + snapshot.output_tokens_mean)
+        count = np.where(seen, count, 0.0)
+        self._weight = self._weight * np.exp(-snapshot.window_s / self.MEMORY_S) + count
+        share = np.where(seen, count / np.maximum(self._weight, 1e-12), 0.0)
+        for name in ("prompt_tokens", "output_tokens"):
+            known = getattr(self, name)
+            new = getattr(snapshot, f"{name}_mean")
+            blended = known + share * (new - known)
+            setattr(self, name, np.where(seen, np.where(np.isnan(known), new, blended), known))
+
+
+def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand:
+    """Both demand estimates for every pool, from one window. Missing rates count as unknown, see `Snapshot.blind`."""
+    column = np.newaxis
+    prompt = np.where(np.isnan(mix.prompt_tokens), DEFAULT_PROMPT_TOKENS, mix.prompt_tokens)
+    output = np.where(np.isnan(mix.output_tokens), DEFAULT_OUTPUT_TOKENS, mix.output_tokens)
+    arrived_tps = np.where(np.isnan(snapshot.prompt_tps), snapshot.prefill_tps, snapshot.prompt_tps)
+    computed_tps = np.where(np.isnan(snapshot.prefill_tps), arrived_tps, snapshot.prefill_tps)
+    computed_tps = np.nan_to_num(computed_tps)
+    generated_tps = np.nan_to_num(snapshot.generation_tps)
+    # Share of a prompt that is computed: the rest hits the prefix cache.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        uncached = np.where(arrived_tps > 0, np.clip(computed_tps / arrived_tps, 0.02, 1.0), 1.0)
+    context = prompt + 0.5 * output
+    position = prompt * (1.0 - 0.5 * uncached)
+
+    prefill_s = fleet.b + fleet.e * position[:, column]
+    read_s = fleet.c + fleet.d * context[:, column]
+    # The batch at which an iteration, with the prefills that come along, takes the TPOT objective.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        prefills_per_token = np.where(
+            generated_tps > 0, np.minimum(computed_tps / generated_tps, 4 * prompt * uncached / output), prompt / output
+        )
+    per_sequence_s = read_s + prefill_s * prefills_per_token[:, column]
+    batch_limit = (fleet.tpot_slo_s[:, column] - fleet.a) / np.maximum(per_sequence_s, 1e-9)
+    batch_limit = np.minimum(batch_limit, fleet.kv_capacity / context[:, column])
+    batch_limit = np.clip(batch_limit, 1.0, fleet.max_num_seqs)
+
+    token_s = fleet.a / batch_limit + read_s
+    waiting = np.nan_to_num(snapshot.queue_requests) + np.nan_to_num(snapshot.waiting).sum(axis=1)
+    request_s = token_s * output[:, column] + prefill_s * (prompt * uncached)[:, column]
+    prefill_load = prefill_s * computed_tps[:, column]
+    by_tokens = token_s * generated_tps[:, column] + prefill_load + request_s * (waiting / BACKLOG_DRAIN_S)[:, column]
+
+    in_system = waiting + np.nan_to_num(snapshot.running).sum(axis=1)
+    arrived_load = prefill_s * (np.nan_to_num(arrived_tps) * uncached)[:, column]
+    by_occupancy = in_system[:, column] / batch_limit + arrived_load
+    return Demand(
+        tokens=np.where(fleet.exists, by_tokens, 0.0),
+        occupancy=np.where(fleet.exists, by_occupancy, 0.0),
+        batch_limit=batch_limit,
+    )

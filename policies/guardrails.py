@@ -1,0 +1,154 @@
+"""Rules that settle every proposed target, in order, whichever policy proposed it.
+
+Each rule is a small named function on arrays; a rule that cannot evaluate (missing data) keeps the current target, so
+the list fails closed. The bounds come last and therefore always hold.
+This module must not know about policies, I/O or wall time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
+from policies.fleet import Fleet
+from policies.spec import GuardrailSpec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Situation:
+    """What the rules look at."""
+
+    observation: Observation
+    fleet: Fleet
+    spec: GuardrailSpec
+    current: Ints  # (n, P) the target in force
+    current_cap: Ints  # (n, P)
+    quiet_s: Floats  # (n,) since the last change of the total target
+
+
+Rule = Callable[[Target, Situation], Target]
+
+
+def hold_when_blind(target: Target, situation: Situation) -> Target:
+    """Missing replica counts or load: keep the target in force, replicas and caps."""
+    blind = situation.observation.snapshot.blind()[:, np.newaxis]
+    return Target(
+        replicas=np.where(blind, situation.current, target.replicas),
+        batch_cap=np.where(blind, situation.current_cap, target.batch_cap),
+    )
+
+
+def cover_backlog(target: Target, situation: Situation) -> Target:
+    """The oldest request has waited for half the TTFT objective: ask at once for what the demand estimate needs.
+
+    Only raises. The demand includes working off the backlog, see `policies.demand`.
+    """
+    if not situation.spec.backlog_boost:
+        return target
+    observation, fleet = situation.observation, situation.fleet
+    late = observation.snapshot.oldest_wait_s > 0.5 * fleet.ttft_slo_s
+    # The share of the proposal per pool is kept: the whole fleet is scaled up to the demand.
+    held = np.maximum(target.replicas, situation.current)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        covered = np.where(fleet.exists, held / np.maximum(observation.demand, 1e-9), 0.0).sum(axis=1)
+        factor = np.where(late & (covered < 1.0), 1.0 / np.maximum(covered, 1e-6), 1.0)
+    lifted = np.maximum(held, np.ceil(np.minimum(held * factor[:, np.newaxis], 1e6)).astype(np.int64))
+    empty = (held.sum(axis=1) == 0)[:, np.newaxis] & fleet.exists
+    lifted = np.where(empty, np.maximum(fleet.min_replicas, 1), lifted)
+    return Target(replicas=np.where(late[:, np.newaxis], lifted, target.replicas), batch_cap=target.batch_cap)
+
+
+def hold_down_while_burning(target: Target, situation: Situation) -> Target:
+    """The last window missed its objectives more often than allowed, or nobody knows: no scale-down.
+
+    Latencies are unknown in a window without a first token; that counts as burning only while requests wait.
+    """
+    if not situation.spec.hold_down_while_burning:
+        return target
+    snapshot, fleet = situation.observation.snapshot, situation.fleet
+    attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
+    unknown = np.isnan(attained) & ~(np.nan_to_num(snapshot.queue_requests, nan=1.0) == 0)
+    burning = (attained < fleet.attainment_target) | unknown
+    return _no_less(target, situation, burning)
+
+
+def hold_down_while_starting(target: Target, situation: Situation) -> Target:
+    """Replicas are on their way: judge them before any are given back."""
+    if not situation.spec.hold_down_while_starting:
+        return target
+    return _no_less(target, situation, situation.observation.snapshot.replicas_starting.sum(axis=1) > 0)
+
+
+def limit_step(target: Target, situation: Situation) -> Target:
+    """A bounded change per tick, up and down, per pool."""
+    spec, current = situation.spec, situation.current
+    most = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
+    least = current - np.maximum(np.ceil(current * spec.max_scale_down_share), 1.0)
+    return Target(
+        replicas=np.clip(target.replicas, least, most).astype(np.int64),
+        batch_cap=target.batch_cap,
+    )
+
+
+def cool_down(target: Target, situation: Situation) -> Target:
+    """No scale-down soon after the last change."""
+    return _no_less(target, situation, situation.quiet_s < situation.spec.scale_down_cooldown_s)
+
+
+def keep_gpu_budget(target: Target, situation: Situation) -> Target:
+    """Growth stops at the GPU budget: first everything in force is kept, then pools grow in their order."""
+    budget = situation.spec.gpu_budget
+    if budget is None:
+        return target
+    fleet = situation.fleet
+    kept = np.minimum(target.replicas, situation.current)
+    free = budget - (kept * fleet.gpus).sum(axis=1)
+    settled = kept.copy()
+    for pool in range(fleet.pools):
+        gpus = np.maximum(fleet.gpus[:, pool], 1.0)
+        grown = np.minimum(target.replicas[:, pool] - kept[:, pool], np.floor(np.maximum(free, 0.0) / gpus))
+        settled[:, pool] += grown.astype(np.int64)
+        free = free - grown * gpus
+    return Target(replicas=settled, batch_cap=target.batch_cap)
+
+
+def keep_bounds(target: Target, situation: Situation) -> Target:
+    """Minimum and maximum replicas; batch caps between 1 and the engine's own limit."""
+    fleet = situation.fleet
+    return Target(
+        replicas=np.clip(target.replicas, fleet.min_replicas, fleet.max_replicas),
+        batch_cap=np.clip(target.batch_cap, 1, fleet.max_num_seqs).astype(np.int64),
+    )
+
+
+RULES: tuple[tuple[Reason, Rule], ...] = (
+    (Reason.BACKLOG, cover_backlog),
+    (Reason.SLO_BURNING, hold_down_while_burning),
+    (Reason.REPLICAS_STARTING, hold_down_while_starting),
+    (Reason.COOLDOWN, cool_down),
+    (Reason.STEP_LIMIT, limit_step),
+    (Reason.MISSING_METRICS, hold_when_blind),
+    (Reason.GPU_BUDGET, keep_gpu_budget),
+    (Reason.BOUNDS, keep_bounds),
+)
+"""The rules in the order of their application. Only the hard limits come after the hold of a blind tick."""
+
+
+def settle(target: Target, situation: Situation) -> tuple[Target, Ints]:
+    """Apply every rule; the settled target and (n,) flags of `Reason` for the rules that changed something."""
+    reasons = np.zeros(len(target), np.int64)
+    for reason, rule in RULES:
+        settled = rule(target, situation)
+        changed = (settled.replicas != target.replicas) | (settled.batch_cap != target.batch_cap)
+        reasons |= np.where(changed.any(axis=1), int(reason), 0)
+        target = settled
+    return target, reasons
+
+
+def _no_less(target: Target, situation: Situation, rows: Bools) -> Target:
+    """On the masked rows keep at least the replicas in force, pool by pool."""
+    held = np.maximum(target.replicas, situation.current)
+    return Target(replicas=np.where(rows[:, np.newaxis], held, target.replicas), batch_cap=target.batch_cap)

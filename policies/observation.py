@@ -1,0 +1,218 @@
+"""From snapshots to the features that a learned policy reads: one encoder, in training and in production.
+
+Features are free of scale: demand and capacity in replicas of the service's own pools, times relative to objectives and
+control windows, prices as ratios. Scalings are fixed (no running statistics beside the weights).
+This module must not know about any particular policy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.contract import Bools, Features, Floats, Observation, Snapshot
+from policies.demand import RequestMix, estimate_demand
+from policies.fleet import Fleet
+from policies.spec import WindowSpec
+
+MEMORIES_S = (60.0, 300.0, 1800.0)
+"""Time constants of the demand means."""
+PEAK_MEMORY_S = 900.0
+"""Decay of the remembered demand peak."""
+MISS_MEMORY_S = 300.0
+MISSING_STREAK = 10.0
+
+FEATURES: tuple[str, ...] = (
+    "log_demand_tokens_over_provisioned",
+    "log_demand_occupancy_over_provisioned",
+    "log_demand_over_mean_60s",
+    "log_mean_60s_over_mean_300s",
+    "log_mean_300s_over_mean_1800s",
+    "log_peak_over_mean_300s",
+    "demand_variation_300s",
+    "log_provisioned",
+    "provisioned_over_maximum",
+    "ready_over_provisioned",
+    "starting_soon_over_provisioned",
+    "starting_mid_over_provisioned",
+    "starting_late_over_provisioned",
+    "draining_over_provisioned",
+    "spot_share_of_capacity",
+    "spot_offered",
+    "spot_price_ratio",
+    "queue_over_limit",
+    "oldest_wait_over_ttft_slo",
+    "occupancy_of_cap",
+    "kv_cache_usage",
+    "batch_cap_over_limit",
+    "limit_over_max_num_seqs",
+    "ttft_miss_rate",
+    "tpot_miss_rate",
+    "log_recent_miss_rate_over_allowed",
+    "latency_unknown",
+    "blind_streak",
+    "prefill_share_of_work",
+    "log_request_seconds",
+    "log_cold_start",
+    "log_ttft_slo",
+    "log_tpot_slo_over_step",
+    "log_miss_price",
+    "log_allowed_miss_rate",
+    "since_scale_up",
+    "since_scale_down",
+)
+
+
+def _log(ratio: Floats, limit: float = 4.0) -> Floats:
+    return np.clip(np.log(np.maximum(ratio, 1e-6)), -limit, limit)
+
+
+class ObservationBuilder:
+    """Encodes snapshots of `n` services; keeps the short history that the features need.
+
+    Args:
+        fleet: the services. Rows may be overwritten between episodes; call `reset` for them.
+        window: control interval and metrics delay.
+    """
+
+    def __init__(self, fleet: Fleet, window: WindowSpec) -> None:
+        n = len(fleet)
+        self.fleet = fleet
+        self.window = window
+        self._mix = RequestMix(n)
+        self._means = np.full((len(MEMORIES_S), n), np.nan)
+        self._variance = np.zeros(n)
+        self._peak = np.zeros(n)
+        self._misses = np.zeros(n)
+        self._latency = np.zeros((2, n))
+        self._blind_streak = np.zeros(n)
+        self._last_target = np.full(n, np.nan)
+        self._since_up_s = np.full(n, 1e6)
+        self._since_down_s = np.full(n, 1e6)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the history of the masked services, of all when None."""
+        rows = np.ones(len(self.fleet), bool) if services is None else services
+        self._mix.reset(rows)
+        self._means[:, rows] = np.nan
+        for history in (self._variance, self._peak, self._misses, self._blind_streak):
+            history[rows] = 0.0
+        self._latency[:, rows] = 0.0
+        self._last_target[rows] = np.nan
+        self._since_up_s[rows] = 1e6
+        self._since_down_s[rows] = 1e6
+
+    def observe(self, snapshot: Snapshot) -> Observation:
+        """Encode one window. Must be called exactly once per tick and snapshot."""
+        fleet = self.fleet
+        self._mix.update(snapshot)
+        demand = estimate_demand(snapshot, fleet, self._mix)
+        larger = np.maximum(demand.tokens, demand.occupancy)
+        history = self._remember(snapshot, larger, demand.batch_limit)
+        features = self._encode(snapshot, demand.tokens, demand.occupancy, demand.batch_limit, history)
+        return Observation(
+            snapshot=snapshot,
+            features=features,
+            demand_tokens=demand.tokens,
+            demand_occupancy=demand.occupancy,
+            demand=larger,
+            batch_limit=demand.batch_limit,
+        )
+
+    def _remember(self, snapshot: Snapshot, demand: Floats, batch_limit: Floats) -> Floats:
+        """Update the memories; the demand in units of the service's first pool, (n,)."""
+        first = demand[:, 0]
+        interval_s = snapshot.window_s
+        blind = snapshot.blind()
+        self._blind_streak = np.where(blind, self._blind_streak + 1.0, 0.0)
+        for row, memory_s in enumerate(MEMORIES_S):
+            known = self._means[row]
+            share = 1.0 - np.exp(-interval_s / memory_s)
+            moved = known + share * (first - known)
+            self._means[row] = np.where(np.isnan(known), first, np.where(blind, known, moved))
+        share = 1.0 - np.exp(-interval_s / MEMORIES_S[1])
+        spread = (first - self._means[1]) ** 2
+        self._variance = np.where(blind, self._variance, self._variance + share * (spread - self._variance))
+        self._peak = np.where(blind, self._peak, np.maximum(first, self._peak * np.exp(-interval_s / PEAK_MEMORY_S)))
+
+        ttft_miss = 1.0 - snapshot.ttft_attainment
+        tpot_miss = 1.0 - snapshot.tpot_attainment
+        for row, miss in enumerate((ttft_miss, tpot_miss)):
+            self._latency[row] = np.where(np.isnan(miss), self._latency[row], miss)
+        worst = np.fmax(ttft_miss, tpot_miss)
+        share = 1.0 - np.exp(-interval_s / MISS_MEMORY_S)
+        self._misses = np.where(np.isnan(worst), self._misses, self._misses + share * (worst - self._misses))
+
+        wanted = snapshot.replicas_target.sum(axis=1)
+        up, down = wanted > self._last_target, wanted < self._last_target
+        self._since_up_s = np.where(up, 0.0, self._since_up_s + interval_s)
+        self._since_down_s = np.where(down, 0.0, self._since_down_s + interval_s)
+        self._last_target = np.where(np.isnan(wanted), self._last_target, wanted)
+        return first
+
+    def _encode(
+        self, snapshot: Snapshot, tokens: Floats, occupancy: Floats, batch_limit: Floats, first: Floats
+    ) -> Features:
+        fleet = self.fleet
+        ready = np.nan_to_num(snapshot.replicas_ready)
+        starting = np.nan_to_num(snapshot.replicas_starting)
+        provisioned = (ready + starting).sum(axis=1)
+        base = np.maximum(provisioned, 0.5)
+        maximum = np.maximum(fleet.max_replicas.sum(axis=1), 1)
+        boot = np.nan_to_num(snapshot.boot_pipeline).sum(axis=1)
+        spot = np.where(fleet.is_spot, ready + starting, 0.0).sum(axis=1)
+        offered = (fleet.is_spot & fleet.exists).any(axis=1)
+        price = np.where(fleet.exists, fleet.usd_per_replica_s, np.nan)
+        on_demand_price = np.nanmin(np.where(fleet.is_spot, np.inf, price), axis=1)
+        spot_price = np.nanmin(np.where(fleet.is_spot, price, np.inf), axis=1)
+        with np.errstate(invalid="ignore"):
+            price_ratio = np.where(offered, np.clip(spot_price / on_demand_price, 0.0, 2.0), 1.0)
+        mean_60, mean_300, mean_1800 = np.maximum(self._means, 1e-3)
+        limit = batch_limit[:, 0]
+        cap = np.nan_to_num(snapshot.batch_cap[:, 0], nan=1.0)
+        running = np.nan_to_num(snapshot.running).sum(axis=1)
+        queue = np.nan_to_num(snapshot.queue_requests) + np.nan_to_num(snapshot.waiting).sum(axis=1)
+        ready_all = np.maximum(ready.sum(axis=1), 0.5)
+        allowed = 1.0 - fleet.attainment_target
+        decode_s = np.nan_to_num(snapshot.generation_tps) * (fleet.a[:, 0] / limit + fleet.c[:, 0])
+        prefill_s = np.nan_to_num(snapshot.prefill_tps) * fleet.b[:, 0]
+        output = np.nan_to_num(self._mix.output_tokens, nan=200.0)
+        columns = (
+            _log(tokens[:, 0] / base),
+            _log(occupancy[:, 0] / base),
+            _log(np.maximum(first, 1e-3) / mean_60),
+            _log(mean_60 / mean_300),
+            _log(mean_300 / mean_1800),
+            _log(np.maximum(self._peak, 1e-3) / mean_300),
+            np.minimum(np.sqrt(self._variance) / mean_300, 3.0),
+            0.5 * np.log1p(provisioned),
+            provisioned / maximum,
+            ready.sum(axis=1) / base,
+            np.minimum(boot[:, 0] / base, 2.0),
+            np.minimum(boot[:, 1] / base, 2.0),
+            np.minimum(boot[:, 2] / base, 2.0),
+            np.minimum(np.nan_to_num(snapshot.replicas_draining).sum(axis=1) / base, 2.0),
+            spot / base,
+            offered.astype(float),
+            price_ratio,
+            np.minimum(np.log1p(queue / (limit * ready_all)), 4.0),
+            np.minimum(np.nan_to_num(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
+            np.minimum(running / np.maximum(cap * ready_all, 1.0), 1.5),
+            np.nan_to_num(np.nanmax(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0), axis=1)),
+            _log(cap / limit, 2.0),
+            limit / fleet.max_num_seqs[:, 0],
+            self._latency[0],
+            self._latency[1],
+            _log((self._misses + 0.1 * allowed) / allowed, 5.0),
+            np.isnan(snapshot.ttft_attainment).astype(float),
+            np.minimum(self._blind_streak / MISSING_STREAK, 1.0),
+            prefill_s / np.maximum(prefill_s + decode_s, 1e-9),
+            _log(output * fleet.tpot_slo_s / 10.0),
+            _log((fleet.cold_start_s[:, 0] + 10.0) / 120.0),
+            _log(fleet.ttft_slo_s),
+            _log(fleet.tpot_slo_s / fleet.a[:, 0]),
+            (fleet.log_miss_price - 3.0) / 2.0,
+            _log(allowed / 0.01),
+            np.exp(-self._since_up_s / 120.0),
+            np.exp(-self._since_down_s / 120.0),
+        )
+        return np.stack(columns, axis=1).astype(np.float32)
