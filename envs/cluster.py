@@ -133,6 +133,7 @@ class SimulatedCluster:
             finish_s=np.full(requests, np.nan),
             served_by=np.full(requests, -1, np.int16),
         )
+        self._everything = np.arange(n)
         self._services = np.zeros((n, len(SERVICE_COLUMNS)))
         self._pools = np.zeros((n, pools, len(POOL_COLUMNS)))
         self._before = self._services.copy()
@@ -233,18 +234,23 @@ class SimulatedCluster:
 
     def wait_until(self, time_s: float) -> None:
         """Run every service to `time_s`; measurements are taken one metrics delay earlier."""
-        self._run_to(np.full(len(self), time_s))
+        self._run_to(np.full(len(self), time_s), self._everything)
 
-    def run_window(self) -> None:
-        """Run every service one control interval on, from wherever its own clock stands."""
-        self._run_to(self.arrays.service["now_s"] + self.window.control_interval_s)
+    def run_window(self, services: Ints | None = None) -> None:
+        """Run the listed services (k,), all when None, one control interval on from where their own clocks stand."""
+        act_s = self.arrays.service["now_s"] + self.window.control_interval_s
+        self._run_to(act_s, self._everything if services is None else services)
 
-    def _run_to(self, act_s: Floats) -> None:
+    def _run_to(self, act_s: Floats, services: Ints) -> None:
         now_s = self.arrays.service["now_s"]
-        self._before, self._services = self._services, self._before
-        self._pools_before, self._pools = self._pools, self._pools_before
-        self._read_before_s, self._read_s = self._read_s, np.maximum(act_s - self.window.metrics_delay_s, now_s)
-        fleet_step.window_all(self.arrays, self._read_s, act_s, self._services, self._pools)
+        for before, latest in (
+            (self._before, self._services),
+            (self._pools_before, self._pools),
+            (self._read_before_s, self._read_s),
+        ):
+            before[services] = latest[services]
+        self._read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, now_s)[services]
+        fleet_step.run_windows(self.arrays, services, self._read_s, act_s, self._services, self._pools)
 
     # Metrics source
 

@@ -16,6 +16,7 @@ from envs.state import (
     DECODING,
     DRAINING,
     GONE,
+    HOT,
     IDLE,
     KERNEL,
     MIXED,
@@ -28,7 +29,7 @@ SLOT_MASK = (1 << SLOT_BITS) - 1
 MIN_PREFILL_BUDGET = 16  # tokens; a full decode batch cannot starve prefills
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def heap_push(heap, base, size, key):
     """Insert `key` into the min-heap of `size` entries at `base`."""
     i = size
@@ -42,7 +43,7 @@ def heap_push(heap, base, size, key):
     heap[base + i] = key
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def heap_pop(heap, base, size):
     """Remove and return the smallest key of the min-heap of `size` entries at `base`."""
     top = heap[base]
@@ -63,13 +64,13 @@ def heap_pop(heap, base, size):
     return top
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def decode_run_s(first_s, growth_s, steps):
     """Seconds of `steps` decode iterations: the first takes `first_s`, each later one `growth_s` more than the last."""
     return steps * first_s + growth_s * (0.5 * steps * (steps - 1))
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def steps_to_reach(first_s, growth_s, span_s):
     """Smallest number of decode iterations (at least 1) that lasts `span_s` or longer."""
     linear = first_s - 0.5 * growth_s
@@ -83,7 +84,7 @@ def steps_to_reach(first_s, growth_s, span_s):
     return steps
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def update_load(st, g):
     """Refresh the dispatch key of replica `g`."""
     replica = st.replica[g]
@@ -117,7 +118,7 @@ def release(st, g, now_s):
     st.run_kind[g] = IDLE
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _free_slot(st, g, k):
     replica = st.replica[g]
     st.free_slots[g * st.slots + replica.free_count] = k
@@ -125,7 +126,7 @@ def _free_slot(st, g, k):
     replica.outstanding -= 1
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _finish(st, v, g, k, now_s):
     """Request in slot `k` has emitted its last token at `now_s`."""
     service = st.service[v]
@@ -149,7 +150,7 @@ def _finish(st, v, g, k, now_s):
     _free_slot(st, g, k)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _emit_after_prefill(st, v, g, k, now_s):
     """The prefill of slot `k` is complete: emit a token, then leave or start to decode."""
     service = st.service[v]
@@ -172,7 +173,7 @@ def _emit_after_prefill(st, v, g, k, now_s):
         replica.kv_decode += slot.target
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def end_run(st, v, g):
     """The run of replica `g` ends at `end_s[g]`: its tokens take effect and it stands at a boundary."""
     service = st.service[v]
@@ -276,7 +277,7 @@ def _preempt_latest(st, v, g):
     st.service[v].preemptions += 1
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def start_run(st, v, g):
     """Replica `g` stands at a boundary: preempt, admit, compose the next iteration or macro-run."""
     replica = st.replica[g]
@@ -342,7 +343,7 @@ def start_run(st, v, g):
         st.end_s[g] = INF
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _cut_run(st, g, now_s):
     """A request joined replica `g` in a decode run: end the run at the first boundary at or after `now_s`."""
     replica = st.replica[g]
@@ -355,7 +356,7 @@ def _cut_run(st, g, now_s):
         st.end_s[g] = replica.run_start_s + decode_run_s(first_s, growth_s, steps)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _assign(st, v, g, request, now_s):
     """Hand trace row `request` to replica `g`."""
     service = st.service[v]
@@ -406,7 +407,7 @@ def _pick(st, v, needed_kv):
     return best
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def dispatch(st, v, now_s):
     """Send queued requests to replicas while some ready replica has room under its batch cap."""
     service = st.service[v]
@@ -442,7 +443,7 @@ def dispatch(st, v, now_s):
         _assign(st, v, best, request, now_s)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def start_boundaries(st, v):
     """Every replica at a boundary starts its next run."""
     if st.service[v].boundaries > 0:
@@ -451,7 +452,7 @@ def start_boundaries(st, v):
                 start_run(st, v, g)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _run_alone(st, v, g, until_s):
     """Run replica `g` up to `until_s`; with an empty gateway queue replicas don't interact."""
     while st.end_s[g] <= until_s:
@@ -464,7 +465,7 @@ def _run_alone(st, v, g, until_s):
         start_run(st, v, g)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def _run_queued(st, v, until_s):
     """Run all replicas in time order while requests wait at the gateway, up to `until_s` at most."""
     service = st.service[v]
@@ -485,7 +486,7 @@ def _run_queued(st, v, until_s):
         start_boundaries(st, v)
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def run_engines(st, v, until_s):
     """Let every replica of service `v` work up to `until_s`, with no arrival and no fleet event in between."""
     service = st.service[v]
@@ -498,7 +499,7 @@ def run_engines(st, v, until_s):
     service.now_s = until_s
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def take_arrivals(st, v, now_s):
     """Requests that arrive at `now_s` join the gateway queue; one that no pool can ever hold is rejected."""
     service = st.service[v]
@@ -562,7 +563,7 @@ def return_to_gateway(st, v, g):
     replica.outstanding = 0
 
 
-@njit(**KERNEL)
+@njit(**HOT)
 def settle_progress(st, v, g):
     """Credit the iterations of a decode run that are complete by now, so that measurements are exact."""
     service = st.service[v]

@@ -513,9 +513,12 @@ def apply_all(st, replicas, batch_cap):
 
 
 @njit(nogil=True, **KERNEL)
-def window_all(st, read_s, act_s, service_out, pool_out):
-    """One control window for every service: run to `read_s`, measure, run on to `act_s`, in one pass over memory."""
-    for v in range(st.service.size):
+def run_windows(st, services, read_s, act_s, service_out, pool_out):
+    """One control window for each listed service: run to `read_s`, measure, run on to `act_s`.
+
+    Arrays are as wide as the cluster: times (n,), outputs (n, SERVICE_COLUMNS) and (n, pools, POOL_COLUMNS).
+    """
+    for v in services:
         advance(st, v, read_s[v])
         measure(st, v, service_out[v], pool_out[v])
         advance(st, v, act_s[v])

@@ -144,7 +144,9 @@ def _agentic(spec: GeneratorSpec, rng: np.random.Generator) -> Trace:
     """Sessions on one clock, those under way at the start included."""
     # Sessions last hours; starting them this long before the trace fills it from its first second.
     lead_s = min(_DAY_S, max(4 * 3600.0, 4 * spec.duration_s))
-    wanted = max(1, round(spec.mean_rps * spec.duration_s))
+    wanted = round(spec.mean_rps * spec.duration_s)
+    if not wanted:
+        return Trace.from_arrays([], [], [], duration_s=spec.duration_s)
     grid_s = np.arange(-lead_s, spec.duration_s, 60.0)
     daily = np.cumsum(_daily(spec, grid_s, _AGENT_MAX_TO_MIN, _AGENT_PEAK_HOUR))
     columns: list[tuple[NDArray[np.generic], ...]] = []

@@ -49,7 +49,8 @@ def plot_html(trace: Trace, window_s: float | None = None) -> str:
     windows_s = np.geomspace(0.1, max(0.2, trace.duration_s / 10), 25)
     curve = [dispersion(trace, float(width)) for width in windows_s]
     figure.add_trace(go.Scatter(x=windows_s, y=curve, mode="lines+markers", name="this trace", showlegend=False), 2, 1)
-    figure.add_hline(y=1.0, line_dash="dot", annotation_text="Poisson", row=2, col=1)
+    flat = {"x": windows_s[[0, -1]], "y": [1.0, 1.0], "line_dash": "dot", "line_color": "gray"}
+    figure.add_trace(go.Scatter(mode="lines", name="a Poisson process", **flat), 2, 1)
     for label, tokens in (("prompt", trace.prompt_tokens), ("output", trace.output_tokens)):
         share, edges = _log_histogram(tokens)
         figure.add_trace(go.Scatter(x=edges, y=share, mode="lines", line_shape="hv", name=label), 2, 2)

@@ -311,9 +311,10 @@ def trace_from_table(table: pa.Table, where: str, name: str) -> Trace:
     if missing:
         raise TraceError(f"{where}: expected columns {', '.join(_REQUIRED)}, but {', '.join(missing)} is missing")
     try:
-        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-    except json.JSONDecodeError:
-        raise TraceError(f"{where}: the metadata written with the trace is not JSON; the file was altered") from None
+        metadata = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
+        duration_s = float(metadata.get("duration_s", math.nan))
+    except (TypeError, ValueError):
+        raise TraceError(f"{where}: the metadata written with the trace cannot be read; the file was altered") from None
     numbers: dict[str, Any] = {
         column: _numbers(where, column, table[column])
         for column in (*_REQUIRED, "prefix_hit_tokens", "session_id")
@@ -331,7 +332,7 @@ def trace_from_table(table: pa.Table, where: str, name: str) -> Trace:
             **numbers,
             **named,
             name=str(metadata.get("name", name)),
-            duration_s=float(metadata.get("duration_s", math.nan)),
+            duration_s=duration_s,
         )
     except TraceError as error:
         raise TraceError(f"{where}: {error}") from None

@@ -136,13 +136,13 @@ SHAPES: dict[str, Shape] = {
     # this drift spreads hourly rates about 1:5, as measured. The published length mixtures have medians of 202 in and
     # 838 out where the trace has 97 and 1,190; these were fitted to it (EM on ln tokens).
     "reasoning": Shape(
-        renewal_cv=1.35,
+        renewal_cv=1.4,
         slow_sigma=0.0,
         slow_theta_s=460.0,
         fast_sigma=0.16,
         fast_theta_s=5.0,
         gate=None,
-        drift_sigma=0.20,
+        drift_sigma=0.22,
         source_rps=7.86,
         diurnal_max_to_min=4.0,
         peak_hour=15.0,

@@ -6,6 +6,8 @@ not depend on the number of pools: within a price class, capacity is bought wher
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,9 +19,9 @@ ACTIONS: tuple[str, ...] = ("headroom", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
 
 
-def decode_action(action: npt.NDArray[np.floating], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
-    """Turn outputs (n, 3) in -1..1 into a target (n, P)."""
-    action = np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
+    """Turn outputs (n, 3) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
+    action = np.clip(np.nan_to_num(np.asarray(action, np.float64)), -1.0, 1.0)
     headroom = spec.headroom_reference * np.power(spec.headroom_span, action[:, 0])
     cap = observation.batch_limit * spec.batch_cap_span ** action[:, 1][:, np.newaxis]
     spot_share = np.clip(spec.spot_share_reference + spec.spot_share_span * action[:, 2], 0.0, 1.0)
@@ -74,5 +76,5 @@ def _fill(
         added = np.where(members[rows, pool], np.clip(wanted, 0.0, room), 0.0)
         replicas[rows, pool] += added.astype(np.int64)
         left = np.maximum(left - added / whole, 0.0)
-        left = np.where(left * whole <= 0.02, 0.0, left)
+        left = np.where(members[rows, pool] & (left * whole <= 0.02), 0.0, left)
     return left

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum, IntFlag
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ BOOT_BINS = 3
 class Snapshot:
     """One control window of measurements; the same from Prometheus and from the simulated cluster.
 
-    Shapes are (n,) for the service, (n, P) for its pools. Rates are means over the window. NaN means missing.
+    Shapes are (n,) for the service, (n, P) for its pools. Rates are means over the window. NaN means missing;
+    a pool that a service does not have (padding) holds 0, never NaN.
     """
 
     time_s: Floats  # (n,) end of the window
@@ -97,6 +98,28 @@ class Observation:
     batch_limit: Floats  # (n, P) largest batch that meets the TPOT objective and fits the KV cache
 
 
+Struct = TypeVar("Struct")
+
+
+def take_rows(struct: Struct, rows: Ints) -> Struct:
+    """The listed services (k,) of a struct of arrays, as copies."""
+    return type(struct)(**{name: getattr(struct, name)[rows] for name in _names(struct)})
+
+
+def put_rows(struct: Struct, rows: Ints, part: Struct) -> None:
+    """Overwrite the listed services (k,) of a struct of arrays, in place."""
+    for name in _names(struct):
+        value = getattr(struct, name)
+        if isinstance(value, np.ndarray):
+            value[rows] = getattr(part, name)
+        else:
+            put_rows(value, rows, getattr(part, name))
+
+
+def _names(struct: Any) -> list[str]:
+    return [field.name for field in fields(struct)]
+
+
 class Policy(Protocol):
     """Proposes a target. State, if any, is per service; `reset` clears the given services."""
 
@@ -142,7 +165,11 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Decision:
-    """What was seen, proposed and settled for `n` services at one tick, and why."""
+    """What was seen, proposed and settled for `n` services at one tick, and why.
+
+    A row whose outcome is held changes nothing and must not be carried out: where the target in force was never seen,
+    its settled numbers mean nothing.
+    """
 
     snapshot: Snapshot
     proposed: Target

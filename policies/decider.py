@@ -46,9 +46,17 @@ class Decider:
         self._adopt(snapshot)
         return self._builder.observe(snapshot)
 
+    def observe_rows(self, snapshot: Snapshot, rows: Ints) -> Observation:
+        """Begin anew with the listed services (k,), whose first window `snapshot` is; the others are left alone."""
+        self._replicas[rows] = snapshot.replicas_target.astype(np.int64)
+        self._batch_cap[rows] = snapshot.batch_cap.astype(np.int64)
+        self._changed_s[rows] = -np.inf
+        return self._builder.observe_rows(snapshot, rows)
+
     def settle(self, proposed: Target, observation: Observation) -> tuple[Target, Ints]:
         """Apply the guardrails and remember the result as the target in force; also the (n,) reason flags."""
         snapshot = observation.snapshot
+        unknown = self._replicas.min(axis=1) < 0
         situation = Situation(
             observation=observation,
             fleet=self.fleet,
@@ -59,30 +67,34 @@ class Decider:
         )
         settled, reasons = settle(proposed, situation)
         moved = settled.replicas.sum(axis=1) != situation.current.sum(axis=1)
-        self._changed_s = np.where(moved, snapshot.time_s, self._changed_s)
-        self._replicas = settled.replicas
-        self._batch_cap = settled.batch_cap
+        self._changed_s = np.where(moved & ~unknown, snapshot.time_s, self._changed_s)
+        # Copies: a later reset must not reach into decisions already made. What is unknown stays so.
+        self._replicas = np.where(unknown[:, np.newaxis], -1, settled.replicas)
+        self._batch_cap = settled.batch_cap.copy()
         return settled, reasons
 
     def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
         """One whole decision: observe, propose, settle."""
-        before = self._replicas.copy(), self._batch_cap.copy()
         observation = self.observe(snapshot)
+        replicas, batch_cap = self._replicas, self._batch_cap
         proposed = policy.propose(observation)
         settled, reasons = self.settle(proposed, observation)
-        moved = (settled.replicas - before[0] != 0) | (settled.batch_cap - before[1] != 0)
-        outcome = np.where(
-            snapshot.blind(), Outcome.HELD, np.where(moved.any(axis=1), Outcome.SCALED, Outcome.UNCHANGED)
-        )
+        moved = ((settled.replicas != replicas) | (settled.batch_cap != batch_cap)).any(axis=1)
+        known = replicas.min(axis=1) >= 0
+        still = np.where(snapshot.blind(), Outcome.HELD, Outcome.UNCHANGED)
+        outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        """Take the targets that are in force in the world for services seen for the first time."""
-        unknown = self._replicas.min(axis=1) < 0
-        new = unknown & ~np.isnan(snapshot.replicas_target + snapshot.batch_cap).any(axis=1)
+        """Take the targets that are in force in the world for services seen for the first time.
+
+        An unknown target is what runs or starts, an unknown cap the engine's own; without replica counts, wait.
+        """
+        running = snapshot.replicas_ready + snapshot.replicas_starting
+        target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
+        new = (self._replicas.min(axis=1) < 0) & ~np.isnan(target).any(axis=1)
         if new.any():
             rows = new[:, np.newaxis]
-            self._replicas = np.where(rows, np.nan_to_num(snapshot.replicas_target), self._replicas).astype(np.int64)
-            self._batch_cap = np.where(rows, np.nan_to_num(snapshot.batch_cap, nan=1.0), self._batch_cap).astype(
-                np.int64
-            )
+            cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
+            self._replicas = np.where(rows, np.nan_to_num(target), self._replicas).astype(np.int64)
+            self._batch_cap = np.where(rows, cap, self._batch_cap).astype(np.int64)

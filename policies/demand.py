@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.contract import Floats, Snapshot
+from policies.contract import Floats, Ints, Snapshot
 from policies.fleet import Fleet
 
 BACKLOG_DRAIN_S = 30.0
@@ -36,7 +36,9 @@ class Demand(NamedTuple):
 class RequestMix:
     """Remembers the mean lengths of finished requests, so that a window without any still has a mix.
 
-    The memory is an exponential mean over about ten minutes, weighted by finished requests.
+    The memory is an exponential mean over about ten minutes, weighted by finished requests. The share of a prompt that
+    is computed (the rest hits the prefix cache) compares computed with finished prompt tokens, not with arrived ones:
+    a backlog, which has arrived and is not computed yet, must not look like cache hits.
     """
 
     MEMORY_S = 600.0
@@ -45,19 +47,44 @@ class RequestMix:
         self.prompt_tokens = np.full(n, np.nan)
         self.output_tokens = np.full(n, np.nan)
         self._weight = np.zeros(n)
+        self._computed = np.zeros(n)  # prompt tokens, with the same memory
+        self._completed = np.zeros(n)
 
     def reset(self, services: np.ndarray) -> None:
         """Forget the mix of the masked services."""
         self.prompt_tokens[services] = np.nan
         self.output_tokens[services] = np.nan
-        self._weight[services] = 0.0
+        for sums in (self._weight, self._computed, self._completed):
+            sums[services] = 0.0
+
+    @property
+    def uncached(self) -> Floats:
+        """(n,) share of prompt tokens that is computed, 0.02..1; 1 until a request has finished."""
+        share = self._computed / np.maximum(self._completed, 1e-9)
+        return np.where(self._completed > 0, np.clip(share, 0.02, 1.0), 1.0)
+
+    def adopt(self, other: RequestMix, rows: Ints) -> None:
+        """Take over the whole memory of `other` as the listed services (k,)."""
+        self.prompt_tokens[rows] = other.prompt_tokens
+        self.output_tokens[rows] = other.output_tokens
+        self._weight[rows] = other._weight
+        self._computed[rows] = other._computed
+        self._completed[rows] = other._completed
 
     def update(self, snapshot: Snapshot) -> None:
         """Fold in the requests that finished in the window."""
-        count = snapshot.finished_rps * snapshot.window_s
+        window_s = np.nan_to_num(snapshot.window_s)
+        keep = np.exp(-window_s / self.MEMORY_S)
+        count = snapshot.finished_rps * window_s
         seen = (count > 0) & ~np.isnan(snapshot.prompt_tokens_mean + snapshot.output_tokens_mean)
         count = np.where(seen, count, 0.0)
-        self._weight = self._weight * np.exp(-snapshot.window_s / self.MEMORY_S) + count
+        # Computed and finished tokens are summed over the same windows: those in which both are known.
+        both = (seen | (snapshot.finished_rps == 0)) & ~np.isnan(snapshot.prefill_tps)
+        computed = np.where(both, snapshot.prefill_tps * window_s, 0.0)
+        completed = np.where(both & seen, count * snapshot.prompt_tokens_mean, 0.0)
+        self._computed = self._computed * keep + computed
+        self._completed = self._completed * keep + completed
+        self._weight = self._weight * keep + count
         share = np.where(seen, count / np.maximum(self._weight, 1e-12), 0.0)
         for name in ("prompt_tokens", "output_tokens"):
             known = getattr(self, name)
@@ -69,15 +96,18 @@ class RequestMix:
 def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand:
     """Both demand estimates for every pool, from one window. Missing rates count as unknown, see `Snapshot.blind`."""
     column = np.newaxis
-    prompt = np.where(np.isnan(mix.prompt_tokens), DEFAULT_PROMPT_TOKENS, mix.prompt_tokens)
-    output = np.where(np.isnan(mix.output_tokens), DEFAULT_OUTPUT_TOKENS, mix.output_tokens)
-    arrived_tps = np.where(np.isnan(snapshot.prompt_tps), snapshot.prefill_tps, snapshot.prompt_tps)
-    computed_tps = np.where(np.isnan(snapshot.prefill_tps), arrived_tps, snapshot.prefill_tps)
-    computed_tps = np.nan_to_num(computed_tps)
-    generated_tps = np.nan_to_num(snapshot.generation_tps)
-    # Share of a prompt that is computed: the rest hits the prefix cache.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        uncached = np.where(arrived_tps > 0, np.clip(computed_tps / arrived_tps, 0.02, 1.0), 1.0)
+    prompt = np.maximum(_first_known(mix.prompt_tokens, DEFAULT_PROMPT_TOKENS), 1.0)
+    output = np.maximum(_first_known(mix.output_tokens, DEFAULT_OUTPUT_TOKENS), 1.0)
+    uncached = mix.uncached
+    # A rate that is missing is taken from its nearest relative, never as 0.
+    generated_tps = _first_known(snapshot.generation_tps, snapshot.arrival_rps * output, 0.0)
+    started_tps = generated_tps * prompt / output
+    computed_tps = _first_known(
+        snapshot.prefill_tps, snapshot.prompt_tps * uncached, snapshot.arrival_rps * prompt * uncached, started_tps
+    )
+    arrived_load_tps = _first_known(
+        snapshot.prompt_tps * uncached, snapshot.arrival_rps * prompt * uncached, computed_tps
+    )
     context = prompt + 0.5 * output
     position = prompt * (1.0 - 0.5 * uncached)
 
@@ -86,7 +116,9 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     # The batch at which an iteration, with the prefills that come along, takes the TPOT objective.
     with np.errstate(invalid="ignore", divide="ignore"):
         prefills_per_token = np.where(
-            generated_tps > 0, np.minimum(computed_tps / generated_tps, 4 * prompt * uncached / output), prompt / output
+            generated_tps > 0,
+            np.minimum(computed_tps / generated_tps, 4 * prompt * uncached / output),
+            prompt * uncached / output,
         )
     per_sequence_s = read_s + prefill_s * prefills_per_token[:, column]
     batch_limit = (fleet.tpot_slo_s[:, column] - fleet.a) / np.maximum(per_sequence_s, 1e-9)
@@ -100,10 +132,18 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     by_tokens = token_s * generated_tps[:, column] + prefill_load + request_s * (waiting / BACKLOG_DRAIN_S)[:, column]
 
     in_system = waiting + np.nan_to_num(snapshot.running).sum(axis=1)
-    arrived_load = prefill_s * (np.nan_to_num(arrived_tps) * uncached)[:, column]
+    arrived_load = prefill_s * arrived_load_tps[:, column]
     by_occupancy = in_system[:, column] / batch_limit + arrived_load
     return Demand(
         tokens=np.where(fleet.exists, by_tokens, 0.0),
         occupancy=np.where(fleet.exists, by_occupancy, 0.0),
         batch_limit=batch_limit,
     )
+
+
+def _first_known(*candidates: Floats | float) -> Floats:
+    """Element by element, the first candidate that is not NaN."""
+    known = np.asarray(candidates[0], np.float64)
+    for candidate in candidates[1:]:
+        known = np.where(np.isnan(known), candidate, known)
+    return known

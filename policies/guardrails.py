@@ -44,33 +44,43 @@ def hold_when_blind(target: Target, situation: Situation) -> Target:
 def cover_backlog(target: Target, situation: Situation) -> Target:
     """The oldest request has waited for half the TTFT objective: ask at once for what the demand estimate needs.
 
-    Only raises. The demand includes working off the backlog, see `policies.demand`.
+    Only raises. The demand includes working off the backlog, see `policies.demand`. The fleet in force grows in its
+    present proportions; what a pool at its maximum cannot take goes to the first pool with room.
     """
     if not situation.spec.backlog_boost:
         return target
-    observation, fleet = situation.observation, situation.fleet
-    late = observation.snapshot.oldest_wait_s > 0.5 * fleet.ttft_slo_s
-    # The share of the proposal per pool is kept: the whole fleet is scaled up to the demand.
-    held = np.maximum(target.replicas, situation.current)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        covered = np.where(fleet.exists, held / np.maximum(observation.demand, 1e-9), 0.0).sum(axis=1)
-        factor = np.where(late & (covered < 1.0), 1.0 / np.maximum(covered, 1e-6), 1.0)
-    lifted = np.maximum(held, np.ceil(np.minimum(held * factor[:, np.newaxis], 1e6)).astype(np.int64))
-    empty = (held.sum(axis=1) == 0)[:, np.newaxis] & fleet.exists
-    lifted = np.where(empty, np.maximum(fleet.min_replicas, 1), lifted)
+    fleet, current = situation.fleet, situation.current
+    late = situation.observation.snapshot.oldest_wait_s > 0.5 * fleet.ttft_slo_s
+    demand = np.maximum(situation.observation.demand, 1e-3)  # someone waits: at least one replica
+
+    def covered(replicas: Ints) -> Floats:
+        share: Floats = np.where(fleet.exists, replicas / demand, 0.0).sum(axis=1)
+        return share
+
+    # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
+    growth = 1.0 / np.clip(covered(current), 1e-6, 1.0)
+    most = np.maximum(fleet.max_replicas, current)
+    floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), most).astype(np.int64)
+    for pool in range(fleet.pools):
+        missing = np.ceil((1.0 - covered(floor)) * demand[:, pool] - 1e-9)
+        floor[:, pool] += np.clip(missing, 0, most[:, pool] - floor[:, pool]).astype(np.int64)
+    held = np.maximum(target.replicas, current)
+    lifted = np.where((covered(held) < 1.0)[:, np.newaxis], np.maximum(held, floor), held)
     return Target(replicas=np.where(late[:, np.newaxis], lifted, target.replicas), batch_cap=target.batch_cap)
 
 
 def hold_down_while_burning(target: Target, situation: Situation) -> Target:
     """The last window missed its objectives more often than allowed, or nobody knows: no scale-down.
 
-    Latencies are unknown in a window without a first token; that counts as burning only while requests wait.
+    Latencies are unknown in a window without a first token; that counts as burning only while requests wait, at the
+    gateway or in the engines.
     """
     if not situation.spec.hold_down_while_burning:
         return target
     snapshot, fleet = situation.observation.snapshot, situation.fleet
     attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
-    unknown = np.isnan(attained) & ~(np.nan_to_num(snapshot.queue_requests, nan=1.0) == 0)
+    waiting = np.nan_to_num(snapshot.queue_requests, nan=1.0) + np.nan_to_num(snapshot.waiting).sum(axis=1)
+    unknown = np.isnan(snapshot.ttft_attainment) & (waiting > 0)
     burning = (attained < fleet.attainment_target) | unknown
     return _no_less(target, situation, burning)
 
@@ -95,7 +105,7 @@ def limit_step(target: Target, situation: Situation) -> Target:
 
 def cool_down(target: Target, situation: Situation) -> Target:
     """No scale-down soon after the last change."""
-    return _no_less(target, situation, situation.quiet_s < situation.spec.scale_down_cooldown_s)
+    return _no_less(target, situation, ~(situation.quiet_s >= situation.spec.scale_down_cooldown_s))
 
 
 def keep_gpu_budget(target: Target, situation: Situation) -> Target:
@@ -131,6 +141,7 @@ RULES: tuple[tuple[Reason, Rule], ...] = (
     (Reason.COOLDOWN, cool_down),
     (Reason.STEP_LIMIT, limit_step),
     (Reason.MISSING_METRICS, hold_when_blind),
+    (Reason.BOUNDS, keep_bounds),  # the budget is shared out among what the pools may really have
     (Reason.GPU_BUDGET, keep_gpu_budget),
     (Reason.BOUNDS, keep_bounds),
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.contract import Bools, Features, Floats, Observation, Snapshot
-from policies.demand import RequestMix, estimate_demand
+from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
+from policies.demand import Demand, RequestMix, estimate_demand
 from policies.fleet import Fleet
 from policies.spec import WindowSpec
 
@@ -88,6 +88,7 @@ class ObservationBuilder:
         self._last_target = np.full(n, np.nan)
         self._since_up_s = np.full(n, 1e6)
         self._since_down_s = np.full(n, 1e6)
+        self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known; services last
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the history of the masked services, of all when None."""
@@ -97,6 +98,7 @@ class ObservationBuilder:
         for history in (self._variance, self._peak, self._misses, self._blind_streak):
             history[rows] = 0.0
         self._latency[:, rows] = 0.0
+        self._demand[..., rows] = np.nan
         self._last_target[rows] = np.nan
         self._since_up_s[rows] = 1e6
         self._since_down_s[rows] = 1e6
@@ -105,7 +107,12 @@ class ObservationBuilder:
         """Encode one window. Must be called exactly once per tick and snapshot."""
         fleet = self.fleet
         self._mix.update(snapshot)
-        demand = estimate_demand(snapshot, fleet, self._mix)
+        # In a blind window the last known demand stands.
+        blind = snapshot.blind()
+        new = np.stack([estimate.T for estimate in estimate_demand(snapshot, fleet, self._mix)])
+        used = np.where(blind & ~np.isnan(self._demand), self._demand, new)
+        self._demand = np.where(blind, self._demand, new)
+        demand = Demand(*used.transpose(0, 2, 1))
         larger = np.maximum(demand.tokens, demand.occupancy)
         history = self._remember(snapshot, larger, demand.batch_limit)
         features = self._encode(snapshot, demand.tokens, demand.occupancy, demand.batch_limit, history)
@@ -118,17 +125,32 @@ class ObservationBuilder:
             batch_limit=demand.batch_limit,
         )
 
+    def observe_rows(self, snapshot: Snapshot, rows: Ints) -> Observation:
+        """Start the listed services (k,) anew with the first window of each; the others keep their history.
+
+        Args:
+            snapshot: of the listed services only.
+            rows: which services they are.
+        """
+        fresh = ObservationBuilder(take_rows(self.fleet, rows), self.window)
+        observation = fresh.observe(snapshot)
+        for name, history in vars(self).items():
+            if isinstance(history, np.ndarray):
+                history[..., rows] = getattr(fresh, name)
+        self._mix.adopt(fresh._mix, rows)
+        return observation
+
     def _remember(self, snapshot: Snapshot, demand: Floats, batch_limit: Floats) -> Floats:
         """Update the memories; the demand in units of the service's first pool, (n,)."""
         first = demand[:, 0]
-        interval_s = snapshot.window_s
+        interval_s = np.nan_to_num(snapshot.window_s)
         blind = snapshot.blind()
         self._blind_streak = np.where(blind, self._blind_streak + 1.0, 0.0)
         for row, memory_s in enumerate(MEMORIES_S):
             known = self._means[row]
             share = 1.0 - np.exp(-interval_s / memory_s)
             moved = known + share * (first - known)
-            self._means[row] = np.where(np.isnan(known), first, np.where(blind, known, moved))
+            self._means[row] = np.where(blind, known, np.where(np.isnan(known), first, moved))
         share = 1.0 - np.exp(-interval_s / MEMORIES_S[1])
         spread = (first - self._means[1]) ** 2
         self._variance = np.where(blind, self._variance, self._variance + share * (spread - self._variance))
@@ -157,16 +179,21 @@ class ObservationBuilder:
         starting = np.nan_to_num(snapshot.replicas_starting)
         provisioned = (ready + starting).sum(axis=1)
         base = np.maximum(provisioned, 0.5)
+        # The same in replicas of the first pool, the unit of the demand: one of a pool that needs twice as many is half.
+        needs = np.maximum(tokens, occupancy)
+        worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 0)
+        capacity = np.maximum(((ready + starting) * worth).sum(axis=1), 0.5)
         maximum = np.maximum(fleet.max_replicas.sum(axis=1), 1)
         boot = np.nan_to_num(snapshot.boot_pipeline).sum(axis=1)
         spot = np.where(fleet.is_spot, ready + starting, 0.0).sum(axis=1)
         offered = (fleet.is_spot & fleet.exists).any(axis=1)
-        price = np.where(fleet.exists, fleet.usd_per_replica_s, np.nan)
-        on_demand_price = np.nanmin(np.where(fleet.is_spot, np.inf, price), axis=1)
-        spot_price = np.nanmin(np.where(fleet.is_spot, price, np.inf), axis=1)
+        price = fleet.usd_per_replica_s
+        on_demand_price = np.where(fleet.exists & ~fleet.is_spot, price, np.inf).min(axis=1)
+        spot_price = np.where(fleet.exists & fleet.is_spot, price, np.inf).min(axis=1)
         with np.errstate(invalid="ignore"):
-            price_ratio = np.where(offered, np.clip(spot_price / on_demand_price, 0.0, 2.0), 1.0)
-        mean_60, mean_300, mean_1800 = np.maximum(self._means, 1e-3)
+            price_ratio = np.clip(spot_price / on_demand_price, 0.0, 2.0)
+        price_ratio = np.where(np.isfinite(spot_price) & np.isfinite(on_demand_price), price_ratio, 1.0)
+        mean_60, mean_300, mean_1800 = np.fmax(self._means, 1e-3)
         limit = batch_limit[:, 0]
         cap = np.nan_to_num(snapshot.batch_cap[:, 0], nan=1.0)
         running = np.nan_to_num(snapshot.running).sum(axis=1)
@@ -177,8 +204,8 @@ class ObservationBuilder:
         prefill_s = np.nan_to_num(snapshot.prefill_tps) * fleet.b[:, 0]
         output = np.nan_to_num(self._mix.output_tokens, nan=200.0)
         columns = (
-            _log(tokens[:, 0] / base),
-            _log(occupancy[:, 0] / base),
+            _log(tokens[:, 0] / capacity),
+            _log(occupancy[:, 0] / capacity),
             _log(np.maximum(first, 1e-3) / mean_60),
             _log(mean_60 / mean_300),
             _log(mean_300 / mean_1800),
@@ -197,7 +224,7 @@ class ObservationBuilder:
             np.minimum(np.log1p(queue / (limit * ready_all)), 4.0),
             np.minimum(np.nan_to_num(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
             np.minimum(running / np.maximum(cap * ready_all, 1.0), 1.5),
-            np.nan_to_num(np.nanmax(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0), axis=1)),
+            np.nan_to_num(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0)).max(axis=1),
             _log(cap / limit, 2.0),
             limit / fleet.max_num_seqs[:, 0],
             self._latency[0],

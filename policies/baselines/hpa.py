@@ -2,8 +2,9 @@
 
 After the documented algorithm (autoscaling/v2): every 15 s ``desired = ceil(replicas * metric / target)``, no change
 within a tolerance of 10 %, scale-up at most max(4 replicas, 100 %) per 15 s without stabilisation, scale-down over the
-highest recommendation of the last 300 s. Replicas that are not ready count as idle on the way up and at the target on
-the way down; a change of direction by that correction means no change.
+highest recommendation of the last 300 s, the size found at the start included. Replicas that are not ready report no
+metric: they count as idle on the way up and at the target on the way down; a change of direction by that correction
+means no change, and so does a window without metrics.
 Left out: several metrics at once, container resource metrics, readiness initialisation periods.
 """
 
@@ -53,22 +54,24 @@ class HpaPolicy:
     def reset(self, services: Bools | None = None) -> None:
         """Forget the recommendations of the masked services."""
         rows = np.ones(len(self._fleet), bool) if services is None else services
-        for recommended in self._recommended:
-            recommended[rows] = 0.0
+        for time_s in self._times_s:
+            time_s[rows] = -np.inf
         self._next_s[rows] = -np.inf
 
     def propose(self, observation: Observation) -> Target:
         """One evaluation per 15 s period; in between the target stands."""
         snapshot = observation.snapshot
         current = np.nan_to_num(snapshot.replicas_target)
-        due = snapshot.time_s >= self._next_s - 1e-6
+        due = (snapshot.time_s >= self._next_s - 1e-6) & ~snapshot.blind()
+        first = due & np.isneginf(self._next_s)
         self._next_s = np.where(due, snapshot.time_s + PERIOD_S, self._next_s)
         recommended = np.where(due[:, np.newaxis], self._recommend(observation, current), current)
 
-        # Stabilisation: the highest recommendation in the window, when it is below the current target.
-        self._times_s.append(snapshot.time_s.copy())
-        self._recommended.append(recommended.copy())
-        while len(self._times_s) > 1 and (self._times_s[0] <= snapshot.time_s - self.stabilization_s).all():
+        # Stabilisation: the highest recommendation in the window, when it is below the current target. Only evaluations
+        # are remembered, and at the first one the size that was found.
+        self._times_s.append(np.where(due, snapshot.time_s, -np.inf))
+        self._recommended.append(np.where(first[:, np.newaxis], np.maximum(recommended, current), recommended))
+        while self._times_s and not (self._times_s[0] > snapshot.time_s - self.stabilization_s).any():
             self._times_s.pop(0)
             self._recommended.pop(0)
         highest = recommended
@@ -98,6 +101,6 @@ class HpaPolicy:
         assumed = np.where(ready_ratio > 1.0, 0.0, target) * unready
         ratio = (load + assumed) / np.maximum(ready + unready, 1.0) / target
         flipped = (ratio - 1.0) * (ready_ratio - 1.0) < 0.0
-        within = np.abs(ratio - 1.0) <= self.tolerance
+        within = np.abs(ratio - 1.0) <= self.tolerance + 1e-9
         desired = np.ceil(ratio * np.maximum(ready + unready, 1.0) - 1e-9)
         return np.where(flipped | within, current, desired)

@@ -20,14 +20,19 @@ class StaticPolicy:
     name = "static"
 
     def __init__(self, fleet: Fleet, replicas: Ints | None = None, batch_cap: int | None = None) -> None:
-        shape = fleet.exists.shape
-        wanted = fleet.max_replicas if replicas is None else np.broadcast_to(replicas, shape)
-        cap = fleet.max_num_seqs if batch_cap is None else np.full(shape, batch_cap)
-        self._target = Target(replicas=wanted.astype(np.int64), batch_cap=cap.astype(np.int64))
+        self._fleet = fleet
+        self._replicas = None if replicas is None else np.broadcast_to(replicas, fleet.exists.shape).copy()
+        self._batch_cap = batch_cap
 
     def reset(self, services: Bools | None = None) -> None:
         """Nothing to forget."""
 
     def propose(self, observation: Observation) -> Target:
-        """The constant."""
-        return self._target
+        """The constant, within the pools' bounds."""
+        fleet = self._fleet
+        wanted = fleet.max_replicas if self._replicas is None else self._replicas
+        cap = fleet.max_num_seqs if self._batch_cap is None else self._batch_cap
+        return Target(
+            replicas=np.clip(wanted, fleet.min_replicas, fleet.max_replicas).astype(np.int64),
+            batch_cap=np.clip(cap, 1, fleet.max_num_seqs).astype(np.int64),
+        )

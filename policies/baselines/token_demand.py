@@ -35,12 +35,14 @@ class TokenDemandPolicy:
     def propose(self, observation: Observation) -> Target:
         """The demand with headroom, over the pools."""
         n = len(self._fleet)
-        keep = np.exp(-observation.snapshot.window_s / self.memory_s)[:, np.newaxis]
+        snapshot = observation.snapshot
+        keep = np.exp(-np.nan_to_num(snapshot.window_s) / self.memory_s)[:, np.newaxis]
         moved = keep * self._mean + (1.0 - keep) * observation.demand
-        self._mean = np.where(np.isnan(self._mean), observation.demand, moved)
+        moved = np.where(np.isnan(self._mean), observation.demand, moved)
+        self._mean = np.where(snapshot.blind()[:, np.newaxis], self._mean, moved)
         return Target(
             replicas=allocate(
-                np.maximum(observation.demand, self._mean),
+                np.fmax(observation.demand, self._mean),
                 np.full(n, self.headroom),
                 np.full(n, self.spot_share),
                 self._fleet,

@@ -1,0 +1,202 @@
+"""`n` training episodes side by side: the decision core driving the simulated cluster, with a reward.
+
+This is the environment; `autoscaling_env` and `vector_env` only dress it for Gymnasium and Stable-Baselines3.
+This module must not know about learning algorithms.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from envs.cluster import SimulatedCluster
+from envs.randomization import Range, ScenarioBank, steady_demand
+from policies.action import decode_action
+from policies.contract import Bools, Features, Floats, Ints, Observation, put_rows, take_rows
+from policies.decider import Decider
+from policies.engine import StrictModel
+from policies.fleet import Fleet
+from policies.objective import Objective, attainment
+
+STAGGER_GROUPS = 8
+
+
+class EpisodeSpec(StrictModel):
+    """How episodes are cut from the bank."""
+
+    steps: int = Field(default=240, ge=2, description="Control intervals per episode.")
+    start_over_demand: Range = Field(
+        default=(0.5, 2.0), description="Replicas at the start over the demand: below 1 starts in overload."
+    )
+    log_miss_price_spread: Annotated[float, Field(ge=0)] = Field(
+        default=1.5, description="Half-width of the uniform spread of the log price of a miss between episodes."
+    )
+    reward_scale: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Factor on the reward.")
+    miss_limit: Annotated[float, Field(gt=0)] = Field(
+        default=3.0, description="Most misses counted in one window, in mean arrivals per window; bounds the reward."
+    )
+
+
+class StepResult(NamedTuple):
+    """What one step gives, each with leading axis n."""
+
+    observation: Observation
+    reward: Floats
+    truncated: Bools
+    terms: dict[str, Floats]  # cost terms over the mean cost of serving, before scaling; and attainment so far
+
+
+class Episodes:
+    """Runs `n` episodes; each ends by truncation after a fixed number of windows (a cluster does not die).
+
+    Args:
+        bank: the worlds.
+        n: episodes side by side.
+        spec: how episodes are cut.
+        seed: of all draws.
+
+    Raises:
+        ValueError: when the traces of the bank are shorter than one episode.
+    """
+
+    def __init__(self, bank: ScenarioBank, n: int, spec: EpisodeSpec, seed: int = 0) -> None:
+        window = bank.interface.window
+        self.bank = bank
+        self.spec = spec
+        self.length_s = spec.steps * window.control_interval_s
+        if bank.library.duration_s.min() < self.length_s:
+            shortest_s = bank.library.duration_s.min()
+            raise ValueError(f"an episode lasts {self.length_s:.0f} s, but the shortest trace only {shortest_s:.0f} s")
+        self.log_miss_price = float(np.log(bank.objective.miss_price))
+        self.fleet = Fleet.empty(n, bank.fleet.pools)
+        self.cluster = SimulatedCluster(bank.library, n, bank.fleet.pools, bank.rows, bank.slots, window)
+        self.decider = Decider(self.fleet, window, bank.guardrails)
+        self._bill_per_node = np.zeros((n, bank.fleet.pools), bool)
+        self._node_gpus = np.ones((n, bank.fleet.pools))
+        self._objective = Objective(bank.objective, self.fleet, self._bill_per_node, self._node_gpus)
+        self._request_usd = np.ones(n)
+        self._window_usd = np.ones(n)
+        self._window_arrivals = np.ones(n)
+        self._missed = np.zeros(n)
+        self._step = np.zeros(n, np.int64)
+        self._last_step = np.full(n, spec.steps, np.int64)
+        self._observation: Observation | None = None
+        self.rng = np.random.default_rng(seed)
+        self.scenario = np.zeros(n, np.int64)  # bank row of each episode
+
+    def __len__(self) -> int:
+        """Episodes side by side."""
+        return len(self._step)
+
+    def reset(self, stagger: bool = True) -> Observation:
+        """Start all episodes anew.
+
+        Args:
+            stagger: shorten the first episodes of some groups, so that not all episodes begin at once.
+        """
+        n = len(self)
+        self._last_step[:] = self.spec.steps
+        if stagger:
+            group = np.arange(n) % STAGGER_GROUPS
+            self._last_step -= self.spec.steps * group // STAGGER_GROUPS
+        self._begin(np.arange(n))
+        self.decider.reset()
+        self._observation = self.decider.observe(self.cluster.read())
+        return self._observation
+
+    def step(self, action: npt.NDArray[Any]) -> StepResult:
+        """Apply actions (n, 3) in -1..1, run one window. Episodes that end are not restarted here: see `restart`."""
+        assert self._observation is not None, "call reset() first"
+        proposed = decode_action(action, self._observation, self.fleet, self.bank.interface.action)
+        settled, _ = self.decider.settle(proposed, self._observation)
+        self.cluster.apply(settled)
+        self.cluster.run_window()
+        reward, terms = self._reward()
+        self._step += 1
+        self._observation = self.decider.observe(self.cluster.read())
+        return StepResult(self._observation, reward, self._step >= self._last_step, terms)
+
+    def restart(self, ended: Bools) -> Observation:
+        """Start new episodes where `ended` (n,) is True; the observations of all."""
+        assert self._observation is not None, "call reset() first"
+        rows = np.flatnonzero(ended)
+        if len(rows):
+            self._last_step[rows] = self.spec.steps
+            self._begin(rows)
+            put_rows(self._observation, rows, self.decider.observe_rows(take_rows(self.cluster.read(), rows), rows))
+        return self._observation
+
+    def _begin(self, services: Ints) -> None:
+        """Draw a scenario and a slice of its trace for each listed service, and run its first window."""
+        bank, rng, k = self.bank, self.rng, len(services)
+        scenario = rng.integers(len(bank), size=k)
+        self.scenario[services] = scenario
+        traces = bank.trace[scenario]
+        origin_s = rng.uniform(0.0, bank.library.duration_s[traces] - self.length_s)
+        spans = [bank.library.rows(t, s, s + self.length_s) for t, s in zip(traces, origin_s, strict=True)]
+        first, end = np.array(spans, np.int64).reshape(k, 2).T
+        drawn = take_rows(bank.fleet, scenario)
+        put_rows(self.fleet, services, drawn)
+        spread = self.spec.log_miss_price_spread
+        self.fleet.log_miss_price[services] = self.log_miss_price + rng.uniform(-spread, spread, k)
+
+        pools = bank.pools[scenario]
+        self._bill_per_node[services] = pools["bill_per_node"] > 0
+        self._node_gpus[services] = pools["slots_per_node"] * bank.fleet.gpus[scenario]
+        totals = bank.library.totals(first, end)
+        demand = steady_demand(drawn, totals, np.full(k, self.length_s))
+        serving = np.where(drawn.exists, demand * drawn.usd_per_replica_s, np.inf).min(axis=1)
+        interval_s = bank.interface.window.control_interval_s
+        # An almost idle slice still needs a replica: the floor keeps rewards comparable.
+        floor = np.where(drawn.exists, drawn.usd_per_replica_s, np.inf).min(axis=1) * 0.5
+        self._window_usd[services] = np.maximum(serving, floor) * interval_s
+        arrivals = np.maximum(totals[:, 0] * interval_s / self.length_s, 0.05)
+        self._window_arrivals[services] = arrivals
+        self._request_usd[services] = self._window_usd[services] / arrivals
+
+        low, high = self.spec.start_over_demand
+        factor = np.exp(rng.uniform(np.log(low), np.log(high), size=k))[:, np.newaxis]
+        shares = drawn.exists / np.maximum(drawn.exists.sum(axis=1, keepdims=True), 1)
+        replicas = np.ceil(demand * factor * shares)
+        self.cluster.begin(
+            services,
+            pools,
+            ttft_slo_s=drawn.ttft_slo_s,
+            tpot_slo_s=drawn.tpot_slo_s,
+            origin_s=origin_s,
+            first_row=first,
+            end_row=end,
+            seeds=rng.integers(1 << 62, size=k),
+            replicas=np.clip(replicas, np.maximum(drawn.min_replicas, 0), drawn.max_replicas).astype(np.int64),
+        )
+        self.cluster.run_window(services)
+        self._missed[services] = 0.0
+        self._step[services] = 0
+
+    def _reward(self) -> tuple[Floats, dict[str, Floats]]:
+        usage = self.cluster.window_usage()
+        total = self.cluster.usage()
+        missed = total.finished - total.good + total.rejected + total.overdue
+        # A miss counts when it is certain: a first token that is overdue counts before it comes.
+        new_misses = np.clip(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
+        self._missed = np.maximum(missed, self._missed)
+        cost = self._objective.cost(usage, self._request_usd, self.bank.interface.window.control_interval_s)
+        miss_usd = np.exp(self.fleet.log_miss_price) * self._request_usd * new_misses
+        unit = self._window_usd
+        terms = {
+            "provisioned": cost.provisioned_usd / unit,
+            "misses": miss_usd / unit,
+            "churn": cost.churn_usd / unit,
+            "attainment": attainment(total),
+        }
+        reward = -self.spec.reward_scale * (terms["provisioned"] + terms["misses"] + terms["churn"])
+        return reward, terms
+
+    @property
+    def features(self) -> Features:
+        """(n, F) of the current observation."""
+        assert self._observation is not None, "call reset() first"
+        return self._observation.features
