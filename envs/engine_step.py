@@ -400,7 +400,7 @@ def _pick(st, v, needed_kv):
     """Replica of service `v` with the least load among those whose KV cache can ever hold the request, or -1."""
     best = -1
     least = INF
-    for g in range(v * st.rows, (v + 1) * st.rows):
+    for g in range(v * st.rows, st.service[v].live_end):
         if st.load[g] < least and st.pool[st.replica[g].pool].kv_capacity >= needed_kv:
             least = st.load[g]
             best = g
@@ -415,7 +415,7 @@ def dispatch(st, v, now_s):
     while service.queued > 0:
         least = INF
         best = -1
-        for g in range(v * st.rows, (v + 1) * st.rows):
+        for g in range(v * st.rows, st.service[v].live_end):
             if st.load[g] < least:
                 least = st.load[g]
                 best = g
@@ -447,7 +447,7 @@ def dispatch(st, v, now_s):
 def start_boundaries(st, v):
     """Every replica at a boundary starts its next run."""
     if st.service[v].boundaries > 0:
-        for g in range(v * st.rows, (v + 1) * st.rows):
+        for g in range(v * st.rows, st.service[v].live_end):
             if st.run_kind[g] == AT_BOUNDARY:
                 start_run(st, v, g)
 
@@ -471,12 +471,12 @@ def _run_queued(st, v, until_s):
     service = st.service[v]
     while service.queued > 0:
         now_s = INF
-        for g in range(v * st.rows, (v + 1) * st.rows):
+        for g in range(v * st.rows, st.service[v].live_end):
             if st.end_s[g] < now_s:
                 now_s = st.end_s[g]
         if now_s > until_s:
             return
-        for g in range(v * st.rows, (v + 1) * st.rows):
+        for g in range(v * st.rows, st.service[v].live_end):
             if st.end_s[g] == now_s and st.run_kind[g] != AT_BOUNDARY:
                 end_run(st, v, g)
         if now_s == until_s:
@@ -493,7 +493,7 @@ def run_engines(st, v, until_s):
     if service.queued > 0:
         _run_queued(st, v, until_s)
     if service.queued == 0:
-        for g in range(v * st.rows, (v + 1) * st.rows):
+        for g in range(v * st.rows, st.service[v].live_end):
             if st.end_s[g] <= until_s:
                 _run_alone(st, v, g, until_s)
     service.now_s = until_s

@@ -22,6 +22,7 @@ from policies.fleet import Fleet
 from policies.objective import Objective, attainment
 
 STAGGER_GROUPS = 8
+BURN_LIMIT = 10.0
 
 
 class EpisodeSpec(StrictModel):
@@ -29,7 +30,7 @@ class EpisodeSpec(StrictModel):
 
     steps: int = Field(default=240, ge=2, description="Control intervals per episode.")
     start_over_demand: Range = Field(
-        default=(0.5, 2.0), description="Replicas at the start over the demand: below 1 starts in overload."
+        default=(0.8, 4.0), description="Replicas at the start over the demand: below 1 starts in overload."
     )
     log_miss_price_spread: Annotated[float, Field(ge=0)] = Field(
         default=1.5, description="Half-width of the uniform spread of the log price of a miss between episodes."
@@ -46,7 +47,7 @@ class StepResult(NamedTuple):
     observation: Observation
     reward: Floats
     truncated: Bools
-    terms: dict[str, Floats]  # cost terms over the mean cost of serving, before scaling; and attainment so far
+    terms: dict[str, Floats]  # cost terms over the mean cost of serving, before scaling; attainment so far; burn rate
 
 
 class Episodes:
@@ -57,19 +58,33 @@ class Episodes:
         n: episodes side by side.
         spec: how episodes are cut.
         seed: of all draws.
+        part: share of every trace's time that slices come from, as (from, to): never the same for training and
+            validation.
 
     Raises:
-        ValueError: when the traces of the bank are shorter than one episode.
+        ValueError: when that part of a trace is shorter than one episode.
     """
 
-    def __init__(self, bank: ScenarioBank, n: int, spec: EpisodeSpec, seed: int = 0) -> None:
+    def __init__(
+        self,
+        bank: ScenarioBank,
+        n: int,
+        spec: EpisodeSpec,
+        seed: int = 0,
+        part: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         window = bank.interface.window
         self.bank = bank
         self.spec = spec
         self.length_s = spec.steps * window.control_interval_s
-        if bank.library.duration_s.min() < self.length_s:
-            shortest_s = bank.library.duration_s.min()
-            raise ValueError(f"an episode lasts {self.length_s:.0f} s, but the shortest trace only {shortest_s:.0f} s")
+        self._part = part
+        shortest = int(np.argmin(bank.library.duration_s))
+        room_s = bank.library.duration_s[shortest] * (part[1] - part[0])
+        if room_s < self.length_s:
+            raise ValueError(
+                f"an episode lasts {self.length_s:.0f} s, but its part of trace "
+                f"{bank.traces[shortest].name!r} only {room_s:.0f} s: fewer steps per episode, or a longer trace"
+            )
         self.log_miss_price = float(np.log(bank.objective.miss_price))
         self.fleet = Fleet.empty(n, bank.fleet.pools)
         self.cluster = SimulatedCluster(bank.library, n, bank.fleet.pools, bank.rows, bank.slots, window)
@@ -135,7 +150,8 @@ class Episodes:
         scenario = rng.integers(len(bank), size=k)
         self.scenario[services] = scenario
         traces = bank.trace[scenario]
-        origin_s = rng.uniform(0.0, bank.library.duration_s[traces] - self.length_s)
+        duration_s = bank.library.duration_s[traces]
+        origin_s = rng.uniform(duration_s * self._part[0], duration_s * self._part[1] - self.length_s)
         spans = [bank.library.rows(t, s, s + self.length_s) for t, s in zip(traces, origin_s, strict=True)]
         first, end = np.array(spans, np.int64).reshape(k, 2).T
         drawn = take_rows(bank.fleet, scenario)
@@ -191,6 +207,8 @@ class Episodes:
             "misses": miss_usd / unit,
             "churn": cost.churn_usd / unit,
             "attainment": attainment(total),
+            # Misses over allowed misses, bounded so that worlds that nobody could hold do not drown the others.
+            "burn": np.minimum(new_misses / (self._window_arrivals * (1.0 - self.fleet.attainment_target)), BURN_LIMIT),
         }
         reward = -self.spec.reward_scale * (terms["provisioned"] + terms["misses"] + terms["churn"])
         return reward, terms

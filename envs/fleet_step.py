@@ -149,6 +149,7 @@ def _request_replica(st, v, p, now_s, ready_at_once):
     for g in range(first, first + pool.replica_rows):
         if st.status[g] == GONE:
             reset_replica(st, g)
+            service.live_end = max(service.live_end, g + 1)
             replica = st.replica[g]
             replica.pool = p
             replica.requested_s = now_s
@@ -333,6 +334,8 @@ def fleet_events(st, v, now_s):
 def advance(st, v, until_s):
     """Run service `v` up to `until_s`; what is due at `until_s` itself happens at the start of the next call."""
     service = st.service[v]
+    while service.live_end > v * st.rows and st.status[service.live_end - 1] == GONE:
+        service.live_end -= 1
     while True:
         now_s = service.now_s
         if service.next_event_s <= now_s:
@@ -400,7 +403,7 @@ def _overdue(st, v):
             if st.arrival_s[request] - service.origin_s >= limit_s:
                 break
             late += st.prompt_tokens[request] + st.output_tokens[request] <= service.max_kv
-    for g in range(v * st.rows, (v + 1) * st.rows):
+    for g in range(v * st.rows, service.live_end):
         if st.status[g] >= READY:
             replica = st.replica[g]
             for head in (replica.waiting_head, replica.prefill_head):
@@ -540,6 +543,7 @@ def reset_service(st, v, origin_s, first_row, end_row, seed, replicas):
     service.returned_head = 0
     service.returned_count = 0
     service.boundaries = 0
+    service.live_end = v * st.rows
     service.freed = 0
     service.rng = seed
     service.arrived = 0

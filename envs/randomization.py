@@ -65,12 +65,15 @@ class Randomization(StrictModel):
     )
     engine_spread: Share = Field(default=0.25, description="Relative spread of every step coefficient.")
     mean_replicas: Range = Field(default=(1.0, 12.0), description="Mean demand of a trace, in replicas; log-uniform.")
-    max_over_peak: Range = Field(default=(1.2, 3.0), description="Most replicas over the ten-minute demand peak.")
+    max_over_peak: Range = Field(default=(2.0, 5.0), description="Most replicas over the ten-minute demand peak.")
     max_replicas: int = Field(default=40, ge=1, le=1000, description="Hard limit on replicas per pool.")
     cold_start_s: Range = Field(default=(60.0, 600.0), description="Whole start of a replica, seconds; log-uniform.")
-    ttft_slo_s: Range = Field(default=(0.7, 6.0), description="TTFT objective, seconds; log-uniform.")
+    ttft_slo_s: Range = Field(default=(1.0, 6.0), description="TTFT objective, seconds; log-uniform.")
+    ttft_slo_over_prefill: Positive = Field(
+        default=2.0, description="Least TTFT objective over the bare prefill of the trace's 99.5th percentile prompt."
+    )
     tpot_slo_over_step: Range = Field(
-        default=(2.5, 10.0), description="TPOT objective over the engine's fixed iteration time; log-uniform."
+        default=(3.0, 12.0), description="TPOT objective over the engine's fixed iteration time; log-uniform."
     )
     attainment: tuple[float, ...] = Field(default=(0.95, 0.98, 0.99), description="Attainment targets.")
     price_spread: Share = Field(default=0.5, description="Relative spread of the price.")
@@ -93,6 +96,7 @@ class ScenarioBank:
     """Drawn worlds as arrays; row `i` of every array is scenario `i`."""
 
     library: RequestLibrary
+    traces: tuple[Trace, ...]
     specs: tuple[ScalingSpec, ...]
     fleet: Fleet  # (scenarios, P)
     pools: Records  # (scenarios, P) kernel records
@@ -104,6 +108,16 @@ class ScenarioBank:
     def __len__(self) -> int:
         """Number of scenarios."""
         return len(self.specs)
+
+    def joined(self, specs: Sequence[ScalingSpec], traces: Sequence[Trace], trace_of: Sequence[int]) -> ScenarioBank:
+        """This bank and more scenarios; interface, guardrails and objective stay this bank's."""
+        shared = {"interface": self.interface, "guardrails": self.guardrails, "objective": self.objective}
+        offset = len(self.traces)
+        return ScenarioBank.of(
+            [*self.specs, *(spec.model_copy(update=shared) for spec in specs)],
+            [*self.traces, *traces],
+            [*self.trace.tolist(), *(index + offset for index in trace_of)],
+        )
 
     @property
     def rows(self) -> int:
@@ -121,6 +135,7 @@ class ScenarioBank:
         fleet = Fleet.from_specs(specs)
         return cls(
             library=RequestLibrary.of(traces),
+            traces=tuple(traces),
             specs=tuple(specs),
             fleet=fleet,
             pools=pack_pools(specs, fleet.pools),
@@ -165,7 +180,7 @@ def draw_bank(
         share = range(index, ranges.scenarios, ranges.traces)
         for _ in share:
             base = _draw_spec(ranges, engine, rng)
-            spec = _fit_bounds(base, trace, ranges, rng)
+            spec = _fit_bounds(_fit_ttft(base, trace, ranges), trace, ranges, rng)
             specs.append(
                 spec.model_copy(update={"interface": interface, "guardrails": guardrails, "objective": objective})
             )
@@ -238,6 +253,17 @@ def _draw_spec(ranges: Randomization, engine: EngineProfile, rng: np.random.Gene
         attainment=float(rng.choice(ranges.attainment)),
     )
     return ScalingSpec(slo=slo, pools=tuple(pools))
+
+
+def _fit_ttft(spec: ScalingSpec, trace: Trace, ranges: Randomization) -> ScalingSpec:
+    """An objective that an idle replica misses on long prompts is none: raise it where it is below."""
+    computed = np.quantile(trace.prompt_tokens - trace.prefix_hit_tokens, 0.995)
+    longest = np.quantile(trace.prompt_tokens, 0.995)
+    a, b, _, _, e = spec.pools[0].engine.step.seconds
+    iterations = np.ceil(computed / spec.pools[0].engine.max_num_batched_tokens)
+    prefill_s = iterations * a + computed * (b + e * (longest - 0.5 * computed))
+    least_s = ranges.ttft_slo_over_prefill * float(prefill_s)
+    return spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": max(spec.slo.ttft_s, least_s)})})
 
 
 def _fit_bounds(spec: ScalingSpec, trace: Trace, ranges: Randomization, rng: np.random.Generator) -> ScalingSpec:

@@ -41,6 +41,7 @@ SERVICE = np.dtype(
         ("queued", "i8"),  # requests at the gateway, returned ones included
         ("returned_head", "i8"),
         ("returned_count", "i8"),
+        ("live_end", "i8"),  # one past the last replica row in use: what the hot loops scan
         ("boundaries", "i8"),  # replicas AT_BOUNDARY
         ("freed", "i8"),  # a request left a replica since the last dispatch
         ("max_kv", "i8"),  # largest KV capacity of the pools

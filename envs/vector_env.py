@@ -5,6 +5,7 @@ This module must not know how episodes work, see `envs.episodes`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,10 +31,19 @@ class AutoscalingVecEnv(VecEnv):
         num_envs: episodes side by side.
         episodes: how episodes are cut.
         seed: of all draws.
+        part: share of every trace's time that slices come from.
     """
 
-    def __init__(self, bank: ScenarioBank, num_envs: int, episodes: EpisodeSpec | None = None, seed: int = 0) -> None:
-        self.episodes = Episodes(bank, num_envs, episodes or EpisodeSpec(), seed)
+    def __init__(
+        self,
+        bank: ScenarioBank,
+        num_envs: int,
+        episodes: EpisodeSpec | None = None,
+        seed: int = 0,
+        part: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        self.episodes = Episodes(bank, num_envs, episodes or EpisodeSpec(), seed, part)
+        self.step_s = 0.0  # wall time spent in steps so far
         self.terms: dict[str, npt.NDArray[np.float64]] = {}
         self.render_mode = None
         self._action = np.zeros((num_envs, *action_space().shape), np.float32)
@@ -53,6 +63,7 @@ class AutoscalingVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Run one window of every episode and restart those that ended."""
+        started_s = time.perf_counter()
         result = self.episodes.step(self._action)
         self.terms = result.terms
         features = result.observation.features
@@ -62,6 +73,7 @@ class AutoscalingVecEnv(VecEnv):
             for row in np.flatnonzero(result.truncated):
                 infos[row] = {"TimeLimit.truncated": True, "terminal_observation": features[row]}
             features = self.episodes.restart(result.truncated).features
+        self.step_s += time.perf_counter() - started_s
         return features, result.reward.astype(np.float32), result.truncated, infos
 
     def close(self) -> None:

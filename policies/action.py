@@ -17,6 +17,8 @@ from policies.spec import ActionSpec
 
 ACTIONS: tuple[str, ...] = ("headroom", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
+MIN_DEMAND = 1e-3
+"""Replicas needed below which a service that may have none gets none."""
 
 
 def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
@@ -52,6 +54,10 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     left = _fill(replicas, order, on_demand, 1.0 - share + left, demand, headroom, fleet)
     if fleet.pools > 1:
         _fill(replicas, order, spot, left, demand, headroom, fleet)
+    # Work that rounds to nothing still needs someone to do it.
+    nobody = np.maximum(replicas, fleet.min_replicas).sum(axis=1) == 0
+    rows = np.flatnonzero(nobody & (np.where(fleet.exists, demand, 0.0).max(axis=1) > MIN_DEMAND))
+    replicas[rows, order[rows, 0]] = 1
     return np.where(fleet.exists, np.clip(replicas, fleet.min_replicas, fleet.max_replicas), 0)
 
 

@@ -79,7 +79,8 @@ class Decider:
         replicas, batch_cap = self._replicas, self._batch_cap
         proposed = policy.propose(observation)
         settled, reasons = self.settle(proposed, observation)
-        moved = ((settled.replicas != replicas) | (settled.batch_cap != batch_cap)).any(axis=1)
+        differs = (settled.replicas != replicas) | (settled.batch_cap != batch_cap)
+        moved = (differs & self.fleet.exists).any(axis=1)
         known = replicas.min(axis=1) >= 0
         still = np.where(snapshot.blind(), Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)

@@ -114,12 +114,9 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     prefill_s = fleet.b + fleet.e * position[:, column]
     read_s = fleet.c + fleet.d * context[:, column]
     # The batch at which an iteration, with the prefills that come along, takes the TPOT objective.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        prefills_per_token = np.where(
-            generated_tps > 0,
-            np.minimum(computed_tps / generated_tps, 4 * prompt * uncached / output),
-            prompt * uncached / output,
-        )
+    expected = prompt * uncached / output
+    measured = np.minimum(computed_tps / np.maximum(generated_tps, 1e-9), 4 * expected)
+    prefills_per_token = np.where(generated_tps > 0, measured, expected)
     per_sequence_s = read_s + prefill_s * prefills_per_token[:, column]
     batch_limit = (fleet.tpot_slo_s[:, column] - fleet.a) / np.maximum(per_sequence_s, 1e-9)
     batch_limit = np.minimum(batch_limit, fleet.kv_capacity / context[:, column])

@@ -65,7 +65,12 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
         missing = np.ceil((1.0 - covered(floor)) * demand[:, pool] - 1e-9)
         floor[:, pool] += np.clip(missing, 0, most[:, pool] - floor[:, pool]).astype(np.int64)
     held = np.maximum(target.replicas, current)
-    lifted = np.where((covered(held) < 1.0)[:, np.newaxis], np.maximum(held, floor), held)
+    # A proposal counts for what the limits below will leave of it.
+    reachable = Target(held, target.batch_cap)
+    for limit in (limit_step, keep_bounds, keep_gpu_budget, keep_bounds):
+        reachable = limit(reachable, situation)
+    short = covered(reachable.replicas) < 1.0
+    lifted = np.where(short[:, np.newaxis], np.maximum(held, floor), held)
     return Target(replicas=np.where(late[:, np.newaxis], lifted, target.replicas), batch_cap=target.batch_cap)
 
 

@@ -66,6 +66,11 @@ def _log(ratio: Floats, limit: float = 4.0) -> Floats:
     return np.clip(np.log(np.maximum(ratio, 1e-6)), -limit, limit)
 
 
+def encode_miss_price(log_miss_price: Floats) -> Floats:
+    """The feature `log_miss_price`, which a policy's error budget may overwrite."""
+    return (log_miss_price - 3.0) / 2.0
+
+
 class ObservationBuilder:
     """Encodes snapshots of `n` services; keeps the short history that the features need.
 
@@ -179,9 +184,9 @@ class ObservationBuilder:
         starting = np.nan_to_num(snapshot.replicas_starting)
         provisioned = (ready + starting).sum(axis=1)
         base = np.maximum(provisioned, 0.5)
-        # The same in replicas of the first pool, the unit of the demand: one of a pool that needs twice as many is half.
+        # The same in replicas of the first pool, the unit of the demand.
         needs = np.maximum(tokens, occupancy)
-        worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 0)
+        worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 1e-6)
         capacity = np.maximum(((ready + starting) * worth).sum(axis=1), 0.5)
         maximum = np.maximum(fleet.max_replicas.sum(axis=1), 1)
         boot = np.nan_to_num(snapshot.boot_pipeline).sum(axis=1)
@@ -237,7 +242,7 @@ class ObservationBuilder:
             _log((fleet.cold_start_s[:, 0] + 10.0) / 120.0),
             _log(fleet.ttft_slo_s),
             _log(fleet.tpot_slo_s / fleet.a[:, 0]),
-            (fleet.log_miss_price - 3.0) / 2.0,
+            encode_miss_price(fleet.log_miss_price),
             _log(allowed / 0.01),
             np.exp(-self._since_up_s / 120.0),
             np.exp(-self._since_down_s / 120.0),

@@ -1,0 +1,186 @@
+"""Learned policies: a bundle of ONNX weights and a manifest, loaded without pickle.
+
+A bundle is a zip archive of two members: ``policy.onnx`` and ``manifest.json``. The manifest names the interface that
+the policy was trained for, the range of every feature in training, and where the policy came from; a digest covers all
+of it. A bundle that is truncated, altered or made for another interface is refused.
+This module must not know how policies are trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from policies.action import ACTIONS, decode_action
+from policies.contract import Bools, Features, Floats, Observation, Target
+from policies.engine import StrictModel
+from policies.error_budget import ErrorBudget
+from policies.fleet import Fleet
+from policies.observation import FEATURES, encode_miss_price
+from policies.spec import InterfaceSpec
+
+FORMAT = 1
+MAX_MEMBER_BYTES = 64 * 1024 * 1024
+MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
+
+
+class BundleMismatch(RuntimeError):  # noqa: N818 - reads as the state that it reports
+    """Raised when a bundle cannot be trusted here: unreadable, altered, or made for another interface."""
+
+
+class Manifest(StrictModel):
+    """What a bundle says about itself."""
+
+    format: int = Field(description="Version of the bundle format.")
+    interface: InterfaceSpec = Field(description="Observation and action that the policy was trained for.")
+    interface_digest: str = Field(description="SHA-256 of the interface.")
+    features: tuple[str, ...] = Field(description="Names of the inputs, in order.")
+    actions: tuple[str, ...] = Field(description="Names of the outputs, in order.")
+    feature_low: tuple[float, ...] = Field(description="Lowest value of each feature in training.")
+    feature_high: tuple[float, ...] = Field(description="Highest value of each feature in training.")
+    log_miss_price: float = Field(description="Centre of the trained dial: natural log of the price of a miss.")
+    log_miss_price_span: float = Field(ge=0, description="Half-width of the trained dial.")
+    provenance: dict[str, Any] = Field(description="How it was trained: versions, digests, seeds, steps, scores.")
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyBundle:
+    """A verified manifest and its weights."""
+
+    manifest: Manifest
+    weights: bytes
+    digest: str
+
+
+def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
+    """Write a bundle; its digest, hexadecimal. The file appears whole or not at all."""
+    data = manifest.model_dump(mode="json")
+    digest = _digest(data, weights)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        # A fixed date makes equal bundles equal bytes.
+        for name, member in (
+            ("manifest.json", json.dumps({**data, "digest": digest}, indent=1, sort_keys=True).encode()),
+            ("policy.onnx", weights),
+        ):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), member, zipfile.ZIP_DEFLATED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(buffer.getvalue())
+    part.replace(path)
+    return digest
+
+
+def load_bundle(path: Path) -> PolicyBundle:
+    """Read and verify a bundle.
+
+    Raises:
+        BundleMismatch: when the file is missing, not a bundle, truncated, altered, or of another format or encoding.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.file_size > MAX_MEMBER_BYTES:
+                    raise BundleMismatch(f"{path}: member {member.filename} is larger than any policy")
+            data = json.loads(archive.read("manifest.json"))
+            weights = archive.read("policy.onnx")
+    except FileNotFoundError:
+        raise BundleMismatch(f"{path}: no such policy bundle") from None
+    except KeyError as error:
+        raise BundleMismatch(f"{path}: not a policy bundle: {error.args[0]}") from None
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, zipfile.LargeZipFile, NotImplementedError) as error:
+        raise BundleMismatch(f"{path}: not a readable policy bundle (truncated or altered?): {error}") from None
+    claimed = data.pop("digest", None) if isinstance(data, dict) else None
+    if claimed is None or claimed != _digest(data, weights):
+        raise BundleMismatch(f"{path}: the contents do not match their digest: truncated or altered")
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleMismatch(f"{path}: manifest field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if manifest.format != FORMAT:
+        raise BundleMismatch(f"{path}: bundle format {manifest.format}, this version of Jevons reads {FORMAT}")
+    if manifest.features != FEATURES or manifest.actions != ACTIONS:
+        raise BundleMismatch(f"{path}: made for other features or actions than this version of Jevons encodes")
+    if manifest.interface_digest != manifest.interface.digest():
+        raise BundleMismatch(f"{path}: the interface does not match its digest")
+    return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed))
+
+
+def _digest(manifest: dict[str, Any], weights: bytes) -> str:
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(canonical + b"\0" + weights).hexdigest()
+
+
+class LearnedPolicy:
+    """Runs a bundle's network and decodes its outputs.
+
+    The dial of the network, the price of a miss, follows the error budget of each service within the trained range.
+
+    Args:
+        bundle: verified weights and manifest.
+        fleet: the services.
+        interface: what this controller encodes and decodes.
+
+    Raises:
+        BundleMismatch: when the bundle was trained for another interface, or its network has other shapes.
+    """
+
+    name = "learned"
+
+    def __init__(self, bundle: PolicyBundle, fleet: Fleet, interface: InterfaceSpec) -> None:
+        import onnxruntime
+
+        if bundle.manifest.interface_digest != interface.digest():
+            raise BundleMismatch(
+                f"the bundle was trained for interface {bundle.manifest.interface_digest[:12]}, "
+                f"this service uses {interface.digest()[:12]}: control interval, metrics delay or action differ"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(bundle.weights, options, providers=["CPUExecutionProvider"])
+            self.outputs(np.zeros((1, len(FEATURES)), np.float32))
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise BundleMismatch(f"the bundle's network cannot be run: {error}") from None
+        self.bundle = bundle
+        self._fleet = fleet
+        self._interface = interface
+        span = bundle.manifest.log_miss_price_span
+        self._budget = ErrorBudget(fleet, low=-span, high=span)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the error budgets of the masked services."""
+        self._budget.reset(services)
+
+    def outputs(self, features: Features) -> Floats:
+        """The network's outputs (n, 3) in -1..1 for features (n, F)."""
+        (actions,) = self._session.run(None, {"features": features})
+        if actions.shape != (len(features), len(ACTIONS)) or not np.isfinite(actions).all():
+            raise BundleMismatch(f"the network answered with shape {actions.shape} or not with numbers")
+        return np.asarray(actions, np.float64)
+
+    def distance(self, features: Features) -> Floats:
+        """(n,) how far an observation lies outside the training range: the largest excess over any feature's width."""
+        low = np.asarray(self.bundle.manifest.feature_low)
+        high = np.asarray(self.bundle.manifest.feature_high)
+        width = np.maximum(high - low, 0.1)
+        excess = np.maximum(np.maximum(low - features, features - high), 0.0) / width
+        excess[:, MISS_PRICE_COLUMN] = 0.0
+        return np.asarray(excess.max(axis=1))
+
+    def propose(self, observation: Observation) -> Target:
+        """The network's wish with the dial where the error budget has moved it."""
+        dial = self.bundle.manifest.log_miss_price + self._budget.update(observation.snapshot)
+        features = observation.features.copy()
+        features[:, MISS_PRICE_COLUMN] = encode_miss_price(dial)
+        return decode_action(self.outputs(features), observation, self._fleet, self._interface.action)

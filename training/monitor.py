@@ -1,0 +1,225 @@
+"""What happens between rollouts: the price of a miss, validation, checkpoints, curves.
+
+This module must not know where worlds come from or where policies go.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from envs.episodes import Episodes
+from envs.vector_env import AutoscalingVecEnv
+from policies.contract import Floats
+from training.train_config import LagrangeSpec, TrainConfig
+
+Log = Callable[[dict[str, float], int], None]
+
+
+@dataclass
+class RunState:
+    """What a resumed run needs beside the network; `state.json` in the run's folder."""
+
+    steps: int = 0
+    log_miss_price: float = 0.0
+    best_score: float = float("inf")
+    best_steps: int = 0
+    stale_validations: int = 0
+    seconds: float = 0.0
+    mlflow_run_id: str = ""
+    finished: bool = False
+    feature_low: list[float] = field(default_factory=list)
+    feature_high: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write the state; whole or not at all."""
+        part = folder / "state.json.part"
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(folder / "state.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunState:
+        """Read the state of a run."""
+        return cls(**json.loads((folder / "state.json").read_text()))
+
+
+class Validator:
+    """Judges a network on the same held-out episodes every time.
+
+    The score is the mean cost over the mean cost of serving (provisioned, misses at the fixed price, churn): lower is
+    better. Training reward is useless as a measure of progress: its price of a miss moves.
+
+    Args:
+        episodes: held-out episodes.
+        seed: of their draws.
+    """
+
+    def __init__(self, episodes: Episodes, seed: int) -> None:
+        self.episodes = episodes
+        self.seed = seed
+
+    def run(self, act: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """Run all episodes with `act`, features (n, F) -> outputs (n, 3)."""
+        episodes = self.episodes
+        episodes.rng = np.random.default_rng(self.seed)
+        features = episodes.reset(stagger=False).features
+        totals = dict.fromkeys(("provisioned", "misses", "churn"), 0.0)
+        attained: Floats = np.ones(len(episodes))
+        for _ in range(episodes.spec.steps):
+            result = episodes.step(act(features))
+            features = result.observation.features
+            attained = result.terms["attainment"]
+            for name in totals:
+                totals[name] += float(result.terms[name].mean()) / episodes.spec.steps
+        known = ~np.isnan(attained)
+        target = episodes.fleet.attainment_target
+        return {
+            "score": sum(totals.values()),
+            **totals,
+            "attainment": float(attained[known].mean()),
+            "holds_slo_share": float((attained >= target)[known].mean()),
+        }
+
+
+class TrainingMonitor(BaseCallback):
+    """Adapts the price of a miss, validates, keeps the best network, checkpoints, logs; stops without progress.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        state: new or resumed.
+        validator: held-out episodes.
+        log: receives metrics and the step they belong to.
+        on_progress: called with the environment steps done.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        state: RunState,
+        validator: Validator,
+        log: Log,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.folder = folder
+        self.state = state
+        self.validator = validator
+        self.log = log
+        self.on_progress = on_progress
+        self._terms: dict[str, float] = {}
+        self._windows = 0
+        self._missed = 0.0
+        self._allowed = 0.0
+        self._started_s = time.perf_counter() - state.seconds
+        self._rollout_started_s = time.perf_counter()
+        self._env_s = 0.0
+        self._next_validation = 0
+        self._next_checkpoint = 0
+
+    @property
+    def env(self) -> AutoscalingVecEnv:
+        """The environment being learned in."""
+        env = self.model.get_env()
+        assert isinstance(env, AutoscalingVecEnv)
+        return env
+
+    def _on_training_start(self) -> None:
+        every = self.config.validation.every_steps
+        self._next_validation = (self.state.steps // every + 1) * every
+        every = self.config.checkpoint_every_steps
+        self._next_checkpoint = (self.state.steps // every + 1) * every
+        self.env.episodes.log_miss_price = self.state.log_miss_price
+
+    def _on_step(self) -> bool:
+        env = self.env
+        for name in ("provisioned", "misses", "churn"):
+            self._terms[name] = self._terms.get(name, 0.0) + float(env.terms[name].mean())
+        self._windows += 1
+        self._missed += float(env.terms["burn"].mean())
+        self._allowed += 1.0
+        self.on_progress(self.model.num_timesteps)
+        return self.state.stale_validations < self.config.validation.patience
+
+    def _on_rollout_end(self) -> None:
+        state, model = self.state, self.model
+        assert isinstance(model, BaseAlgorithm)
+        state.steps = model.num_timesteps
+        state.seconds = time.perf_counter() - self._started_s
+        self._remember_range(model.rollout_buffer.observations)  # type: ignore[attr-defined]
+        burn = self._missed / max(self._allowed, 1.0)
+        self._adapt_price(self.config.lagrange, burn)
+        now_s = time.perf_counter()
+        metrics = {f"train/{name}": value / self._windows for name, value in self._terms.items()}
+        metrics |= {
+            "train/burn_rate": burn,
+            "train/miss_price": float(np.exp(state.log_miss_price)),
+            "train/env_time_share": (self.env.step_s - self._env_s) / (now_s - self._rollout_started_s),
+            "train/steps_per_second": self._windows * self.env.num_envs / (now_s - self._rollout_started_s),
+        }
+        self._env_s, self._rollout_started_s = self.env.step_s, now_s
+        self._terms, self._windows, self._missed, self._allowed = {}, 0, 0.0, 0.0
+        self.log(metrics, state.steps)
+
+    def _on_training_end(self) -> None:
+        self.checkpoint()
+
+    def _on_rollout_start(self) -> None:
+        # The update on the last rollout is over here.
+        if self.state.steps >= self._next_validation:
+            self._next_validation += self.config.validation.every_steps
+            self.validate()
+        if self.state.steps >= self._next_checkpoint:
+            self._next_checkpoint += self.config.checkpoint_every_steps
+            self.checkpoint()
+
+    def validate(self) -> dict[str, float]:
+        """Judge the network, keep it when it is the best so far."""
+        state = self.state
+
+        def act(features: np.ndarray) -> np.ndarray:
+            return self.model.predict(features, deterministic=True)[0]
+
+        result = self.validator.run(act)
+        if result["score"] < state.best_score:
+            state.best_score, state.best_steps, state.stale_validations = result["score"], state.steps, 0
+            self.model.save(self.folder / "best.zip")
+        else:
+            state.stale_validations += 1
+        state.curve.append({"steps": float(state.steps), **result})
+        self.log({f"validation/{name}": value for name, value in result.items()}, state.steps)
+        return result
+
+    def checkpoint(self) -> None:
+        """Write the network and the state."""
+        part = self.folder / "checkpoint.part.zip"
+        self.model.save(part)
+        part.replace(self.folder / "checkpoint.zip")
+        self.state.save(self.folder)
+
+    def _remember_range(self, observations: np.ndarray) -> None:
+        flat = observations.reshape(-1, observations.shape[-1])
+        low, high = flat.min(axis=0), flat.max(axis=0)
+        state = self.state
+        if state.feature_low:
+            low = np.minimum(low, state.feature_low)
+            high = np.maximum(high, state.feature_high)
+        state.feature_low, state.feature_high = low.tolist(), high.tolist()
+
+    def _adapt_price(self, spec: LagrangeSpec, burn: float) -> None:
+        """Gradient ascent on the multiplier: up when misses burn more than their allowance, down when less."""
+        if spec.enabled:
+            low, high = np.log(spec.limits)
+            moved = self.state.log_miss_price + spec.rate * (burn - 1.0)
+            self.state.log_miss_price = float(np.clip(moved, low, high))
+            self.env.episodes.log_miss_price = self.state.log_miss_price
