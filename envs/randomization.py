@@ -65,6 +65,7 @@ class Randomization(StrictModel):
     )
     engine_spread: Share = Field(default=0.25, description="Relative spread of every step coefficient.")
     mean_replicas: Range = Field(default=(1.0, 12.0), description="Mean demand of a trace, in replicas; log-uniform.")
+    max_rps: Positive = Field(default=30.0, description="Most requests per second of a trace: keeps windows cheap.")
     max_over_peak: Range = Field(default=(2.0, 5.0), description="Most replicas over the ten-minute demand peak.")
     max_replicas: int = Field(default=40, ge=1, le=1000, description="Hard limit on replicas per pool.")
     cold_start_s: Range = Field(default=(60.0, 600.0), description="Whole start of a replica, seconds; log-uniform.")
@@ -206,7 +207,7 @@ def _draw_trace(ranges: Randomization, profile: Profile, engine: EngineProfile, 
         GeneratorSpec(
             profile=profile,
             duration_s=ranges.trace_s,
-            mean_rps=max(wanted / crowd / max(per_rps, 1e-9), 0.02),
+            mean_rps=float(np.clip(wanted / crowd / max(per_rps, 1e-9), 0.02, ranges.max_rps / crowd)),
             start_hour=float(rng.uniform(0, 24)),
             crowd_peak=float(rng.uniform(3.0, 20.0)),
         ),

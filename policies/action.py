@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from policies.columns import any_pool, known, most, total
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.spec import ActionSpec
@@ -23,7 +24,7 @@ MIN_DEMAND = 1e-3
 
 def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
     """Turn outputs (n, 3) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
-    action = np.clip(np.nan_to_num(np.asarray(action, np.float64)), -1.0, 1.0)
+    action = np.clip(known(np.asarray(action, np.float64)), -1.0, 1.0)
     headroom = spec.headroom_reference * np.power(spec.headroom_span, action[:, 0])
     cap = observation.batch_limit * spec.batch_cap_span ** action[:, 1][:, np.newaxis]
     spot_share = np.clip(spec.spot_share_reference + spec.spot_share_span * action[:, 2], 0.0, 1.0)
@@ -45,8 +46,8 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     there are both classes. What a class cannot take within its bounds spills over to the other.
     """
     spot, on_demand = fleet.is_spot & fleet.exists, ~fleet.is_spot & fleet.exists
-    both = spot.any(axis=1) & on_demand.any(axis=1)
-    share = np.where(both, spot_share, spot.any(axis=1).astype(float))
+    both = any_pool(spot) & any_pool(on_demand)
+    share = np.where(both, spot_share, any_pool(spot).astype(float))
     replicas = np.zeros(demand.shape, np.int64)
     order = np.argsort(np.where(fleet.exists, demand * fleet.usd_per_replica_s, np.inf), axis=1, kind="stable")
     # Spot first with its share; on-demand gets the rest with what spot could not take; what is left spills back.
@@ -55,8 +56,8 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     if fleet.pools > 1:
         _fill(replicas, order, spot, left, demand, headroom, fleet)
     # Work that rounds to nothing still needs someone to do it.
-    nobody = np.maximum(replicas, fleet.min_replicas).sum(axis=1) == 0
-    rows = np.flatnonzero(nobody & (np.where(fleet.exists, demand, 0.0).max(axis=1) > MIN_DEMAND))
+    nobody = total(np.maximum(replicas, fleet.min_replicas)) == 0
+    rows = np.flatnonzero(nobody & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
     replicas[rows, order[rows, 0]] = 1
     return np.where(fleet.exists, np.clip(replicas, fleet.min_replicas, fleet.max_replicas), 0)
 

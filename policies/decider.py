@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from policies.columns import any_pool, known, least, total
 from policies.contract import Bools, Decision, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
@@ -56,7 +57,7 @@ class Decider:
     def settle(self, proposed: Target, observation: Observation) -> tuple[Target, Ints]:
         """Apply the guardrails and remember the result as the target in force; also the (n,) reason flags."""
         snapshot = observation.snapshot
-        unknown = self._replicas.min(axis=1) < 0
+        unknown = least(self._replicas) < 0
         situation = Situation(
             observation=observation,
             fleet=self.fleet,
@@ -66,7 +67,7 @@ class Decider:
             quiet_s=snapshot.time_s - self._changed_s,
         )
         settled, reasons = settle(proposed, situation)
-        moved = settled.replicas.sum(axis=1) != situation.current.sum(axis=1)
+        moved = total(settled.replicas) != total(situation.current)
         self._changed_s = np.where(moved & ~unknown, snapshot.time_s, self._changed_s)
         # Copies: a later reset must not reach into decisions already made. What is unknown stays so.
         self._replicas = np.where(unknown[:, np.newaxis], -1, settled.replicas)
@@ -80,8 +81,8 @@ class Decider:
         proposed = policy.propose(observation)
         settled, reasons = self.settle(proposed, observation)
         differs = (settled.replicas != replicas) | (settled.batch_cap != batch_cap)
-        moved = (differs & self.fleet.exists).any(axis=1)
-        known = replicas.min(axis=1) >= 0
+        moved = any_pool(differs & self.fleet.exists)
+        known = least(replicas) >= 0
         still = np.where(snapshot.blind(), Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
@@ -93,9 +94,9 @@ class Decider:
         """
         running = snapshot.replicas_ready + snapshot.replicas_starting
         target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
-        new = (self._replicas.min(axis=1) < 0) & ~np.isnan(target).any(axis=1)
+        new = (least(self._replicas) < 0) & ~any_pool(np.isnan(target))
         if new.any():
             rows = new[:, np.newaxis]
             cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
-            self._replicas = np.where(rows, np.nan_to_num(target), self._replicas).astype(np.int64)
+            self._replicas = np.where(rows, known(target), self._replicas).astype(np.int64)
             self._batch_cap = np.where(rows, cap, self._batch_cap).astype(np.int64)

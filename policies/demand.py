@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from policies.columns import known, total
 from policies.contract import Floats, Ints, Snapshot
 from policies.fleet import Fleet
 
@@ -73,7 +74,7 @@ class RequestMix:
 
     def update(self, snapshot: Snapshot) -> None:
         """Fold in the requests that finished in the window."""
-        window_s = np.nan_to_num(snapshot.window_s)
+        window_s = known(snapshot.window_s)
         keep = np.exp(-window_s / self.MEMORY_S)
         count = snapshot.finished_rps * window_s
         seen = (count > 0) & ~np.isnan(snapshot.prompt_tokens_mean + snapshot.output_tokens_mean)
@@ -87,10 +88,10 @@ class RequestMix:
         self._weight = self._weight * keep + count
         share = np.where(seen, count / np.maximum(self._weight, 1e-12), 0.0)
         for name in ("prompt_tokens", "output_tokens"):
-            known = getattr(self, name)
+            old = getattr(self, name)
             new = getattr(snapshot, f"{name}_mean")
-            blended = known + share * (new - known)
-            setattr(self, name, np.where(seen, np.where(np.isnan(known), new, blended), known))
+            blended = old + share * (new - old)
+            setattr(self, name, np.where(seen, np.where(np.isnan(old), new, blended), old))
 
 
 def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand:
@@ -123,12 +124,12 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     batch_limit = np.clip(batch_limit, 1.0, fleet.max_num_seqs)
 
     token_s = fleet.a / batch_limit + read_s
-    waiting = np.nan_to_num(snapshot.queue_requests) + np.nan_to_num(snapshot.waiting).sum(axis=1)
+    waiting = known(snapshot.queue_requests) + total(known(snapshot.waiting))
     request_s = token_s * output[:, column] + prefill_s * (prompt * uncached)[:, column]
     prefill_load = prefill_s * computed_tps[:, column]
     by_tokens = token_s * generated_tps[:, column] + prefill_load + request_s * (waiting / BACKLOG_DRAIN_S)[:, column]
 
-    in_system = waiting + np.nan_to_num(snapshot.running).sum(axis=1)
+    in_system = waiting + total(known(snapshot.running))
     arrived_load = prefill_s * arrived_load_tps[:, column]
     by_occupancy = in_system[:, column] / batch_limit + arrived_load
     return Demand(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from policies.columns import any_pool, known, total
 from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
 from policies.spec import GuardrailSpec
@@ -54,7 +55,7 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
     demand = np.maximum(situation.observation.demand, 1e-3)  # someone waits: at least one replica
 
     def covered(replicas: Ints) -> Floats:
-        share: Floats = np.where(fleet.exists, replicas / demand, 0.0).sum(axis=1)
+        share: Floats = total(np.where(fleet.exists, replicas / demand, 0.0))
         return share
 
     # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
@@ -84,7 +85,7 @@ def hold_down_while_burning(target: Target, situation: Situation) -> Target:
         return target
     snapshot, fleet = situation.observation.snapshot, situation.fleet
     attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
-    waiting = np.nan_to_num(snapshot.queue_requests, nan=1.0) + np.nan_to_num(snapshot.waiting).sum(axis=1)
+    waiting = known(snapshot.queue_requests, 1.0) + total(known(snapshot.waiting))
     unknown = np.isnan(snapshot.ttft_attainment) & (waiting > 0)
     burning = (attained < fleet.attainment_target) | unknown
     return _no_less(target, situation, burning)
@@ -94,7 +95,7 @@ def hold_down_while_starting(target: Target, situation: Situation) -> Target:
     """Replicas are on their way: judge them before any are given back."""
     if not situation.spec.hold_down_while_starting:
         return target
-    return _no_less(target, situation, situation.observation.snapshot.replicas_starting.sum(axis=1) > 0)
+    return _no_less(target, situation, total(situation.observation.snapshot.replicas_starting) > 0)
 
 
 def limit_step(target: Target, situation: Situation) -> Target:
@@ -120,7 +121,7 @@ def keep_gpu_budget(target: Target, situation: Situation) -> Target:
         return target
     fleet = situation.fleet
     kept = np.minimum(target.replicas, situation.current)
-    free = budget - (kept * fleet.gpus).sum(axis=1)
+    free = budget - total(kept * fleet.gpus)
     settled = kept.copy()
     for pool in range(fleet.pools):
         gpus = np.maximum(fleet.gpus[:, pool], 1.0)
@@ -159,7 +160,7 @@ def settle(target: Target, situation: Situation) -> tuple[Target, Ints]:
     for reason, rule in RULES:
         settled = rule(target, situation)
         changed = (settled.replicas != target.replicas) | (settled.batch_cap != target.batch_cap)
-        reasons |= np.where(changed.any(axis=1), int(reason), 0)
+        reasons |= np.where(any_pool(changed), int(reason), 0)
         target = settled
     return target, reasons
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from policies.columns import least, total
 from policies.contract import Floats
 from policies.fleet import Fleet
 from policies.spec import ObjectiveSpec
@@ -102,9 +103,9 @@ class Objective:
             request_usd: (n,) mean cost of serving a request, the unit of the miss price.
             interval_s: the control interval, the unit of the churn price.
         """
-        gpu_usd = self.pool_usd(usage).sum(axis=1)
+        gpu_usd = total(self.pool_usd(usage))
         missed = usage.finished - usage.good + usage.rejected
-        cheapest = np.where(self.fleet.exists, self.fleet.usd_per_replica_s, np.inf).min(axis=1)
+        cheapest = least(np.where(self.fleet.exists, self.fleet.usd_per_replica_s, np.inf))
         return Cost(
             gpu_usd=gpu_usd,
             overhead_usd=gpu_usd * self.spec.overhead_rate,

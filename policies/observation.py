@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from policies.columns import any_pool, known, least, most, total
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
 from policies.demand import Demand, RequestMix, estimate_demand
 from policies.fleet import Fleet
@@ -148,14 +149,14 @@ class ObservationBuilder:
     def _remember(self, snapshot: Snapshot, demand: Floats, batch_limit: Floats) -> Floats:
         """Update the memories; the demand in units of the service's first pool, (n,)."""
         first = demand[:, 0]
-        interval_s = np.nan_to_num(snapshot.window_s)
+        interval_s = known(snapshot.window_s)
         blind = snapshot.blind()
         self._blind_streak = np.where(blind, self._blind_streak + 1.0, 0.0)
         for row, memory_s in enumerate(MEMORIES_S):
-            known = self._means[row]
+            old = self._means[row]
             share = 1.0 - np.exp(-interval_s / memory_s)
-            moved = known + share * (first - known)
-            self._means[row] = np.where(blind, known, np.where(np.isnan(known), first, moved))
+            moved = old + share * (first - old)
+            self._means[row] = np.where(blind, old, np.where(np.isnan(old), first, moved))
         share = 1.0 - np.exp(-interval_s / MEMORIES_S[1])
         spread = (first - self._means[1]) ** 2
         self._variance = np.where(blind, self._variance, self._variance + share * (spread - self._variance))
@@ -169,7 +170,7 @@ class ObservationBuilder:
         share = 1.0 - np.exp(-interval_s / MISS_MEMORY_S)
         self._misses = np.where(np.isnan(worst), self._misses, self._misses + share * (worst - self._misses))
 
-        wanted = snapshot.replicas_target.sum(axis=1)
+        wanted = total(snapshot.replicas_target)
         up, down = wanted > self._last_target, wanted < self._last_target
         self._since_up_s = np.where(up, 0.0, self._since_up_s + interval_s)
         self._since_down_s = np.where(down, 0.0, self._since_down_s + interval_s)
@@ -180,34 +181,34 @@ class ObservationBuilder:
         self, snapshot: Snapshot, tokens: Floats, occupancy: Floats, batch_limit: Floats, first: Floats
     ) -> Features:
         fleet = self.fleet
-        ready = np.nan_to_num(snapshot.replicas_ready)
-        starting = np.nan_to_num(snapshot.replicas_starting)
-        provisioned = (ready + starting).sum(axis=1)
+        ready = known(snapshot.replicas_ready)
+        starting = known(snapshot.replicas_starting)
+        provisioned = total(ready + starting)
         base = np.maximum(provisioned, 0.5)
         # The same in replicas of the first pool, the unit of the demand.
         needs = np.maximum(tokens, occupancy)
         worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 1e-6)
-        capacity = np.maximum(((ready + starting) * worth).sum(axis=1), 0.5)
-        maximum = np.maximum(fleet.max_replicas.sum(axis=1), 1)
-        boot = np.nan_to_num(snapshot.boot_pipeline).sum(axis=1)
-        spot = np.where(fleet.is_spot, ready + starting, 0.0).sum(axis=1)
-        offered = (fleet.is_spot & fleet.exists).any(axis=1)
+        capacity = np.maximum(total((ready + starting) * worth), 0.5)
+        maximum = np.maximum(total(fleet.max_replicas), 1)
+        boot = total(known(snapshot.boot_pipeline))
+        spot = total(np.where(fleet.is_spot, ready + starting, 0.0))
+        offered = any_pool(fleet.is_spot & fleet.exists)
         price = fleet.usd_per_replica_s
-        on_demand_price = np.where(fleet.exists & ~fleet.is_spot, price, np.inf).min(axis=1)
-        spot_price = np.where(fleet.exists & fleet.is_spot, price, np.inf).min(axis=1)
+        on_demand_price = least(np.where(fleet.exists & ~fleet.is_spot, price, np.inf))
+        spot_price = least(np.where(fleet.exists & fleet.is_spot, price, np.inf))
         with np.errstate(invalid="ignore"):
             price_ratio = np.clip(spot_price / on_demand_price, 0.0, 2.0)
         price_ratio = np.where(np.isfinite(spot_price) & np.isfinite(on_demand_price), price_ratio, 1.0)
         mean_60, mean_300, mean_1800 = np.fmax(self._means, 1e-3)
         limit = batch_limit[:, 0]
-        cap = np.nan_to_num(snapshot.batch_cap[:, 0], nan=1.0)
-        running = np.nan_to_num(snapshot.running).sum(axis=1)
-        queue = np.nan_to_num(snapshot.queue_requests) + np.nan_to_num(snapshot.waiting).sum(axis=1)
-        ready_all = np.maximum(ready.sum(axis=1), 0.5)
+        cap = known(snapshot.batch_cap[:, 0], 1.0)
+        running = total(known(snapshot.running))
+        queue = known(snapshot.queue_requests) + total(known(snapshot.waiting))
+        ready_all = np.maximum(total(ready), 0.5)
         allowed = 1.0 - fleet.attainment_target
-        decode_s = np.nan_to_num(snapshot.generation_tps) * (fleet.a[:, 0] / limit + fleet.c[:, 0])
-        prefill_s = np.nan_to_num(snapshot.prefill_tps) * fleet.b[:, 0]
-        output = np.nan_to_num(self._mix.output_tokens, nan=200.0)
+        decode_s = known(snapshot.generation_tps) * (fleet.a[:, 0] / limit + fleet.c[:, 0])
+        prefill_s = known(snapshot.prefill_tps) * fleet.b[:, 0]
+        output = known(self._mix.output_tokens, 200.0)
         columns = (
             _log(tokens[:, 0] / capacity),
             _log(occupancy[:, 0] / capacity),
@@ -218,18 +219,18 @@ class ObservationBuilder:
             np.minimum(np.sqrt(self._variance) / mean_300, 3.0),
             0.5 * np.log1p(provisioned),
             provisioned / maximum,
-            ready.sum(axis=1) / base,
+            total(ready) / base,
             np.minimum(boot[:, 0] / base, 2.0),
             np.minimum(boot[:, 1] / base, 2.0),
             np.minimum(boot[:, 2] / base, 2.0),
-            np.minimum(np.nan_to_num(snapshot.replicas_draining).sum(axis=1) / base, 2.0),
+            np.minimum(total(known(snapshot.replicas_draining)) / base, 2.0),
             spot / base,
             offered.astype(float),
             price_ratio,
             np.minimum(np.log1p(queue / (limit * ready_all)), 4.0),
-            np.minimum(np.nan_to_num(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
+            np.minimum(known(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
             np.minimum(running / np.maximum(cap * ready_all, 1.0), 1.5),
-            np.nan_to_num(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0)).max(axis=1),
+            most(known(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0))),
             _log(cap / limit, 2.0),
             limit / fleet.max_num_seqs[:, 0],
             self._latency[0],

@@ -179,9 +179,7 @@ def run_cell(scenario: Scenario, entry: Entry) -> Cell:
     for row, (trace, seed) in enumerate(zip(traces, scenario.seeds, strict=True)):
         own = slice(first[row], first[row + 1])
         finish_s = cluster.arrays.finish_s[own]
-        verdicts = judge(
-            trace.arrival_s, cluster.arrays.first_token_s[own], finish_s, trace.output_tokens, spec.slo
-        )
+        verdicts = judge(trace.arrival_s, cluster.arrays.first_token_s[own], finish_s, trace.output_tokens, spec.slo)
         label = (scenario.name, entry.reference, seed)
         scored = score(spec, trace, usage, row, verdicts, finish_s, int(preemptions[row]), horizon_s, label)
         ticks = timeline.reason_counts() if row == 0 else {}

@@ -202,6 +202,7 @@ class TrainingMonitor(BaseCallback):
 
     def checkpoint(self) -> None:
         """Write the network and the state."""
+        self.state.steps = self.model.num_timesteps
         part = self.folder / "checkpoint.part.zip"
         self.model.save(part)
         part.replace(self.folder / "checkpoint.zip")

@@ -1,7 +1,7 @@
 """Policy versions in MLflow: registered, compared, promoted.
 
-A version is a bundle, the run that made it, and its judgement: the rows of an evaluation. The alias `champion` marks the
-version that may go live; it only moves to a challenger that holds every SLO and is cheaper beyond doubt.
+A version is a bundle, the run that made it, and its judgement: the rows of an evaluation. The alias `champion` marks
+the version that may go live; it only moves to a challenger that holds every SLO and is cheaper beyond doubt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVALUATION_FILE = "evaluation.json"
 BOOTSTRAP_DRAWS = 4000
 
 
-class RegistryError(RuntimeError):
+class RegistryError(ValueError):
     """Raised when a version, a model or its judgement is not in the registry."""
 
 
@@ -37,6 +37,18 @@ class Verdict:
     reasons: tuple[str, ...]
     cost_ratio: float | None = None
     interval: tuple[float, float] | None = None
+
+
+def store_judgement(client: Any, run_id: str, evaluation: dict[str, Any], digest: str) -> None:
+    """Keep an evaluation (`training.evaluate.Evaluation.to_json`) with a run, and the bundle's means as metrics."""
+    client.log_text(run_id, json.dumps(evaluation, indent=1), EVALUATION_FILE)
+    names = {policy["policy"] for policy in evaluation["policies"] if policy["bundle_digest"] == digest}
+    own = [row for row in evaluation["rows"] if row["policy"] in names]
+    for column in ("attainment", "usd_per_mtok", "usd_per_good_mtok", "replica_hours"):
+        values = [row[column] for row in own if row[column] is not None]
+        if values:
+            client.log_metric(run_id, f"evaluation/{column}", float(np.mean(values)))
+    client.log_metric(run_id, "evaluation/holds_slo_share", float(np.mean([row["holds_slo"] for row in own])))
 
 
 def register(client: Any, name: str, run_id: str, digest: str) -> str:
@@ -96,11 +108,14 @@ def judgement(client: Any, version: Any) -> list[dict[str, Any]]:
         RegistryError: when the version was never judged.
     """
     if EVALUATION_FILE not in {item.path for item in client.list_artifacts(version.run_id)}:
-        raise RegistryError(
-            f"version {version.version} of {version.name} has no evaluation: run `jevons evaluate` on it"
-        )
-    rows: list[dict[str, Any]] = json.loads(_download(client, version.run_id, EVALUATION_FILE).read_text())["rows"]
-    return [row for row in rows if row["policy"] == "learned"]
+        raise RegistryError(f"version {version.version} of {version.name} was never judged: its run has no evaluation")
+    stored: dict[str, Any] = json.loads(_download(client, version.run_id, EVALUATION_FILE).read_text())
+    digest = version.tags.get("bundle_digest")
+    names = {policy["policy"] for policy in stored["policies"] if policy["bundle_digest"] == digest}
+    rows: list[dict[str, Any]] = [row for row in stored["rows"] if row["policy"] in names]
+    if not rows:
+        raise RegistryError(f"version {version.version} of {version.name} was never judged: no row of it is stored")
+    return rows
 
 
 def compare(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:

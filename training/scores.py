@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from envs.randomization import steady_demand
 from envs.traces import Trace
-from policies.contract import Bools, Floats, Ints
+from policies.contract import Bools, Floats
 from policies.fleet import Fleet
 from policies.objective import Objective, Usage
 from policies.spec import ScalingSpec, Slo
@@ -50,7 +50,9 @@ class Verdicts:
         return self.ttft_ok & self.tpot_ok
 
 
-def judge(arrival_s: Floats, first_token_s: Floats, finish_s: Floats, output_tokens: Ints, slo: Slo) -> Verdicts:
+def judge(
+    arrival_s: Floats, first_token_s: Floats, finish_s: Floats, output_tokens: npt.NDArray[np.integer], slo: Slo
+) -> Verdicts:
     """Judge every arrival; times in seconds, shape (requests,), NaN for what never happened."""
     finished = ~np.isnan(finish_s)
     ttft_s = first_token_s - arrival_s
@@ -175,9 +177,7 @@ def score(
         usd_per_good_mtok=_ratio(usd * 1e6, float(usage.good_tokens[row])),
         replica_hours=float(replica_s.sum()) / HOUR_S,
         gpu_hours=billed_gpu_s / HOUR_S,
-        gpu_utilization=_ratio(
-            float((usage.busy_s[row] * gpus).sum()), float((usage.ready_s[row] * gpus).sum())
-        ),
+        gpu_utilization=_ratio(float((usage.busy_s[row] * gpus).sum()), float((usage.ready_s[row] * gpus).sum())),
         scheduling_efficiency=_ratio(live_gpu_s, billed_gpu_s),
         overprovisioning_ratio=overprovisioning(spec, trace, replica_s, horizon_s),
         scale_events=events,
@@ -219,9 +219,7 @@ class Bill:
         for column, pool in enumerate(spec.pools):
             self.by_node[column] = pool.billing == "node"
             self.node_gpus[column] = pool.engine.gpus_per_node
-        self._objective = Objective(
-            spec.objective, self.fleet, self.by_node[np.newaxis], self.node_gpus[np.newaxis]
-        )
+        self._objective = Objective(spec.objective, self.fleet, self.by_node[np.newaxis], self.node_gpus[np.newaxis])
 
     def pool_usd(self, usage: Usage, row: int) -> Floats:
         """(P,) GPU dollars by pool of service `row`, without overhead."""
@@ -262,9 +260,7 @@ def worst_hour(arrival_s: Floats, good: Bools) -> float:
     return float((met[enough] / arrivals[enough]).min()) if enough.any() else float(good.mean())
 
 
-def split_bill(
-    usd: float, tokens: Floats, codes: npt.NDArray[np.int32], labels: Sequence[str]
-) -> dict[str, float]:
+def split_bill(usd: float, tokens: Floats, codes: npt.NDArray[np.int32], labels: Sequence[str]) -> dict[str, float]:
     """Dollars by tenant or model, in proportion to the tokens (requests,) served; empty where the trace has no labels.
 
     The parts sum to `usd`, requests without a label included.

@@ -132,7 +132,7 @@ class TimelineRecorder:
             batch_cap=pools[:, 4].astype(np.int64),
             usd=service[:, 8],
             reasons=service[:, 9].astype(np.int64),
-            scaled=pools[:, 5].any(axis=1),
+            scaled=pools[:, 5, 0] > 0,
         )
 
 

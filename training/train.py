@@ -71,16 +71,14 @@ def draw_worlds(config: TrainConfig, on_trace: Callable[[int, int], None]) -> Sc
         return bank
     from training.scenarios import load_suite
 
-    suite = load_suite(config.suite)
     specs: list[ScalingSpec] = []
     traces: list[Trace] = []
     trace_of: list[int] = []
-    for scenario in suite.scenarios:
-        for seed in scenario.seeds:
-            spec, trace = scenario.world(seed)
-            specs += [spec] * config.suite_copies
+    for scenario in load_suite(config.suite).scenarios:
+        for seed in scenario.seeds if scenario.trace.generator else scenario.seeds[:1]:
+            specs += [scenario.spec] * config.suite_copies
             trace_of += [len(traces)] * config.suite_copies
-            traces.append(trace)
+            traces.append(scenario.requests(seed))
     return bank.joined(specs, traces, trace_of)
 
 
@@ -133,7 +131,11 @@ def train_seed(
         first = monitor.validate()
         say(f"seed {seed}: start {_words(first)}")
     if state.steps < config.total_steps and not state.finished:
-        model.learn(config.total_steps - state.steps, callback=monitor, reset_num_timesteps=False)
+        try:
+            model.learn(config.total_steps - state.steps, callback=monitor, reset_num_timesteps=False)
+        except KeyboardInterrupt:
+            monitor.checkpoint()
+            raise
         monitor.validate()
         state.finished = True
         state.save(folder)

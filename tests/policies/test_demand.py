@@ -69,6 +69,13 @@ def test_batch_limit_is_the_largest_batch_within_the_pace() -> None:
     assert step_s == pytest.approx(0.05)
 
 
+def test_prefills_without_decodes_shrink_the_batch_only_so_far() -> None:
+    """A window with hardly a decode: four times the prefills that the mix expects with one, no more."""
+    services = fleet(pool(engine=engine(max_num_seqs=4096, kv_capacity_tokens=10**8)))
+    limit = demand_of(snapshot(generation_tps=1.0), services).batch_limit[0, 0]
+    assert limit == pytest.approx((0.05 - 0.01) / (1e-4 + 200 * 1e-7 + 4 * 0.5 * PREFILL_S))
+
+
 def test_batch_limit_fits_the_kv_cache() -> None:
     assert demand_of(snapshot(), fleet(pool(engine=engine(kv_capacity_tokens=2000)))).batch_limit[0, 0] == 10.0
 

@@ -154,6 +154,11 @@ def test_proposal_counts_against_the_backlog_only_for_what_its_limits_leave() ->
     assert settled([2, 12], at) == ([[7, 3]], Reason.BACKLOG | Reason.BOUNDS)
 
 
+def test_proposal_that_only_a_later_step_can_reach_does_not_cover_the_backlog_now() -> None:
+    at = situation([2, 2], TWO, snapshot(pools=2, oldest_wait_s=9.0), 12.0)
+    assert settled([2, 12], at) == ([[6, 8]], Reason.BACKLOG | Reason.STEP_LIMIT)
+
+
 @pytest.mark.parametrize("demand", [0.0, 0.01, 1.0])
 def test_backlog_wakes_a_fleet_of_nothing(demand: float) -> None:
     services = fleet(pool(min_replicas=0), width=2)

@@ -196,6 +196,14 @@ def test_reset_of_a_row_makes_it_new_and_leaves_the_others() -> None:
         np.testing.assert_array_equal(features, expected)
 
 
+def test_reset_forgets_the_last_known_misses() -> None:
+    encoder = builder()
+    after(encoder, snapshot(ttft_attainment=0.5, tpot_attainment=0.5))
+    encoder.reset()
+    seen = after(encoder, snapshot(ttft_attainment=np.nan, tpot_attainment=np.nan))
+    assert (seen["ttft_miss_rate"], seen["tpot_miss_rate"]) == (0.0, 0.0)
+
+
 def test_reset_of_everything_is_a_new_builder() -> None:
     rng = np.random.default_rng(4)
     services = Fleet.from_specs(MIXED)

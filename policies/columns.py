@@ -1,0 +1,54 @@
+"""Small operations over the few pools of many services, and over missing values.
+
+numpy's reductions along a short last axis cost several times a sum of columns, and `nan_to_num` several times what is
+needed here; at 512 environments that was half of the decision core's time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from policies.contract import Bools, Floats
+
+Array = npt.NDArray[Any]
+
+
+def known(values: Array, default: float = 0.0) -> Floats:
+    """`values` with NaN replaced by `default`."""
+    filled: Floats = np.where(np.isnan(values), default, values)
+    return filled
+
+
+def total(values: Array) -> Array:
+    """Sum (n,) over the pools of (n, P)."""
+    result = values[:, 0]
+    for pool in range(1, values.shape[1]):
+        result = result + values[:, pool]
+    return result
+
+
+def any_pool(values: Array) -> Bools:
+    """(n,) True where any of the pools (n, P) is."""
+    result: Bools = values[:, 0]
+    for pool in range(1, values.shape[1]):
+        result = result | values[:, pool]
+    return result
+
+
+def least(values: Array) -> Array:
+    """Minimum (n,) over the pools of (n, P)."""
+    result = values[:, 0]
+    for pool in range(1, values.shape[1]):
+        result = np.minimum(result, values[:, pool])
+    return result
+
+
+def most(values: Array) -> Array:
+    """Maximum (n,) over the pools of (n, P)."""
+    result = values[:, 0]
+    for pool in range(1, values.shape[1]):
+        result = np.maximum(result, values[:, pool])
+    return result

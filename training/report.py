@@ -1,0 +1,351 @@
+"""The report of an evaluation: one HTML file that needs no network.
+
+This module must not know how the figures came about.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from policies.contract import Floats
+from training.console import COLUMNS, cheapest_holding, write_whole
+from training.evaluate import Evaluation
+from training.timeline import Timeline
+
+MOST_POINTS = 800
+POINTS_IN_ALL = 400_000
+"""Points over all plots: what keeps the file small enough to mail."""
+PALETTE = ("#3556c8", "#1f9d7a", "#d9822b", "#7d8590", "#9b4fc0", "#c23b5a", "#4aa3c7", "#8a6d3b")
+FIXED = {"learned": "#3556c8", "token-demand": "#1f9d7a", "hpa": "#d9822b", "static": "#7d8590"}
+STATES = (("ready", "#8fb3e8"), ("starting", "#f3c66b"), ("draining", "#c9ced6"))
+ROW_PX = 165
+SERIES_PER_POLICY = 9
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2230; margin: 0;
+  background: #f6f7f9; }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 20px; margin: 40px 0 6px; }
+p { margin: 6px 0; } .quiet { color: #5b6475; }
+.card { background: #fff; border: 1px solid #e2e5ea; border-radius: 10px; padding: 14px 16px; margin: 14px 0;
+  overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; color: #5b6475; border-bottom: 1px solid #cfd4dc; white-space: nowrap; }
+th, td { text-align: right; padding: 5px 9px; } th:first-child, td:first-child { text-align: left; }
+tr.group td { text-align: left; font-weight: 600; padding-top: 14px; border-bottom: 1px solid #e2e5ea; }
+tr.best td { background: #e9f5ef; font-weight: 600; }
+td.miss { color: #b3261e; font-weight: 600; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
+footer { margin-top: 40px; font-size: 13px; color: #5b6475; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(evaluation: Evaluation, path: Path) -> None:
+    """Write the report; the file appears whole or not at all.
+
+    Args:
+        evaluation: what to show.
+        path: HTML file to write.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    page = render(evaluation)
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def render(evaluation: Evaluation) -> str:
+    """The page, plotly.js included once."""
+    summary = evaluation.by_scenario()
+    colours = _colours([policy["policy"] for policy in evaluation.policies])
+    plots = max(1, len(evaluation.timelines)) * SERIES_PER_POLICY
+    points = int(np.clip(POINTS_IN_ALL // plots, 60, MOST_POINTS))
+    sections = [_section(evaluation, scenario, summary, colours, points) for scenario in evaluation.scenarios]
+    title = f"Evaluation: {evaluation.suite}"
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{STYLE}</style>",
+            f"<script>{get_plotlyjs()}</script></head><body><main>",
+            f"<h1>{html.escape(title)}</h1>",
+            '<p class="quiet">Every policy ran through the controller that ships, on the simulated cluster. '
+            "Costs are provisioned dollars, overhead included.</p>",
+            _table(evaluation, summary, colours),
+            '<h2>Cost against attainment</h2><div class="card">',
+            _embed(_scatter(evaluation, summary, colours)),
+            "</div>",
+            *sections,
+            _footer(evaluation),
+            "</main></body></html>",
+        ]
+    )
+
+
+def _colours(policies: Sequence[str]) -> dict[str, str]:
+    """A colour per policy; the usual ones keep theirs from report to report."""
+    spare = [colour for colour in PALETTE if colour not in {FIXED.get(policy) for policy in policies}]
+    chosen = {}
+    for policy in policies:
+        if policy in FIXED:
+            chosen[policy] = FIXED[policy]
+        else:
+            chosen[policy] = spare.pop(0) if spare else "#444b59"
+    return chosen
+
+
+def _table(evaluation: Evaluation, summary: list[dict[str, Any]], colours: dict[str, str]) -> str:
+    lines = ['<div class="card"><table><thead><tr><th>policy</th>']
+    lines += [f"<th>{html.escape(name)}</th>" for name in COLUMNS]
+    lines.append("</tr></thead><tbody>")
+    for scenario in evaluation.scenarios:
+        rows = [row for row in summary if row["scenario"] == scenario["name"]]
+        slo = scenario["slo"]
+        promise = f"TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1000:g} ms for {slo['attainment']:.1%} of arrivals"
+        lines.append(
+            f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{html.escape(scenario["name"])} '
+            f'<span class="quiet">{promise}</span></td></tr>'
+        )
+        lowest = cheapest_holding(rows)
+        for row in rows:
+            best = row["holds_slo"] and row["usd_per_mtok"] == lowest
+            shown = [show(row) for show in COLUMNS.values()]
+            first = shown[0].replace("*", " &#10007;")
+            lines.append(
+                f'<tr class="{"best" if best else ""}"><td><span class="dot" style="background:'
+                f'{colours[row["policy"]]}"></span>{html.escape(row["policy"])}</td>'
+                f'<td class="{"" if row["holds_slo"] else "miss"}">{first}</td>'
+                + "".join(f"<td>{html.escape(text)}</td>" for text in shown[1:])
+                + "</tr>"
+            )
+    lines.append(
+        '</tbody></table><p class="quiet">&#10007; misses the SLO. Shaded: the cheapest policy that holds it. '
+        "$/Mtok: dollars per million tokens served, prompt and output. Means over seeds.</p></div>"
+    )
+    return "".join(lines)
+
+
+def _scatter(evaluation: Evaluation, summary: list[dict[str, Any]], colours: dict[str, str]) -> go.Figure:
+    names = [scenario["name"] for scenario in evaluation.scenarios]
+    columns = min(3, len(names))
+    figure = make_subplots(
+        rows=math.ceil(len(names) / columns), cols=columns, subplot_titles=names, horizontal_spacing=0.09
+    )
+    for index, scenario in enumerate(evaluation.scenarios):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        for row in (row for row in summary if row["scenario"] == scenario["name"]):
+            low, high = row["attainment_low"], row["attainment_high"]
+            spread = low is not None
+            figure.add_trace(
+                go.Scatter(
+                    x=[row["usd_per_mtok"]],
+                    y=[row["attainment"]],
+                    name=row["policy"],
+                    legendgroup=row["policy"],
+                    showlegend=index == 0,
+                    mode="markers",
+                    marker={
+                        "size": 13,
+                        "color": colours[row["policy"]],
+                        "symbol": "circle" if row["holds_slo"] else "x",
+                        "line": {"width": 1, "color": "white"},
+                    },
+                    error_y={
+                        "type": "data",
+                        "symmetric": False,
+                        "array": [high - row["attainment"]],
+                        "arrayminus": [row["attainment"] - low],
+                    }
+                    if spread
+                    else None,
+                    hovertemplate="%{fullData.name}<br>$%{x:.4f} per Mtok<br>%{y:.2%} of arrivals<extra></extra>",
+                ),
+                **at,
+            )
+        figure.add_hline(y=scenario["slo"]["attainment"], line={"dash": "dot", "color": "#b3261e", "width": 1}, **at)
+        figure.update_xaxes(title_text="dollars per million tokens", rangemode="tozero", **at)
+        figure.update_yaxes(title_text="SLO met", tickformat=".0%", **at)
+    return _styled(figure, 330 * math.ceil(len(names) / columns))
+
+
+def _section(
+    evaluation: Evaluation,
+    scenario: dict[str, Any],
+    summary: list[dict[str, Any]],
+    colours: dict[str, str],
+    points: int,
+) -> str:
+    name = scenario["name"]
+    timelines = {policy: line for (at, policy), line in evaluation.timelines.items() if at == name and len(line)}
+    pools = "; ".join(
+        f"{pool['name']}: {pool['min_replicas']} to {pool['max_replicas']} replicas of {pool['engine']} on "
+        f"{pool['gpus_per_replica']} x {pool['gpu']}, ${pool['usd_per_gpu_hour']:.2f} per GPU-hour, "
+        f"{pool['price_class'].replace('_', '-')}, cold start {pool['cold_start_s']:.0f} s"
+        for pool in scenario["pools"]
+    )
+    requests = next((row["requests"] for row in summary if row["scenario"] == name), 0.0)
+    head = (
+        f"<h2>{html.escape(name)}</h2><p>{html.escape(scenario['description'])}</p>"
+        f'<p class="quiet">{requests:,.0f} requests a seed, {len(scenario["seeds"])} seed(s); plots show the first. '
+        f"{html.escape(pools)}.</p>"
+    )
+    if not timelines:
+        return head + '<p class="quiet">Too short for a single decision: nothing to plot.</p>'
+    return f'{head}<div class="card">{_embed(_over_time(timelines, scenario, colours, points))}</div>'
+
+
+def _over_time(
+    timelines: dict[str, Timeline], scenario: dict[str, Any], colours: dict[str, str], points: int
+) -> go.Figure:
+    """Traffic, replicas by state for each policy, queue, attainment and cost on one time axis."""
+    policies = list(timelines)
+    titles = ["Traffic, requests per second", *(f"Replicas: {policy}" for policy in policies)]
+    titles += ["Waiting requests", "SLO met in the last minutes", "Dollars per hour", "Dollars so far"]
+    figure = make_subplots(
+        rows=len(titles), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.25 / len(titles)
+    )
+    scale_s, unit = (
+        (3600.0, "hours") if max(line.time_s[-1] for line in timelines.values()) > 7200 else (60.0, "minutes")
+    )
+    first = timelines[policies[0]]
+    time = _thin(first.time_s, points) / scale_s
+    _line(figure, 1, time, _thin(first.arrival_rps, points), "arrivals", "#444b59", legend=False)
+    for index, policy in enumerate(policies):
+        _replicas(figure, index + 2, timelines[policy], scale_s, points, legend=index == 0)
+    base = len(policies) + 2
+    target = scenario["slo"]["attainment"]
+    for policy in policies:
+        line = timelines[policy]
+        time = _thin(line.time_s, points) / scale_s
+        colour = colours[policy]
+        _line(figure, base, time, _thin(line.queue_requests, points, np.nanmax), policy, colour, legend=True)
+        met = _rolling_mean(np.fmin(line.ttft_attainment, line.tpot_attainment), line.time_s, 300.0)
+        _line(figure, base + 1, time, _thin(met, points), policy, colour)
+        _line(figure, base + 2, time, _thin(line.usd_per_hour, points), policy, colour)
+        _line(figure, base + 3, time, _thin(line.usd, points), policy, colour)
+    figure.update_annotations(x=0.0, xanchor="left")
+    figure.add_hline(y=target, line={"dash": "dot", "color": "#b3261e", "width": 1}, row=base + 1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.03], row=base + 1, col=1)
+    figure.update_xaxes(title_text=unit, row=len(titles), col=1)
+    return _styled(figure, ROW_PX * len(titles) + 60)
+
+
+def _replicas(figure: go.Figure, row: int, line: Timeline, scale_s: float, points: int, legend: bool) -> None:
+    time = _thin(line.time_s, points) / scale_s
+    for state, colour in STATES:
+        figure.add_trace(
+            go.Scatter(
+                x=time,
+                y=_thin(getattr(line, state).sum(axis=1), points),
+                name=state,
+                legendgroup=state,
+                showlegend=legend,
+                stackgroup=str(row),
+                mode="lines",
+                line={"width": 0, "color": colour, "shape": "hv"},
+                fillcolor=colour,
+            ),
+            row=row,
+            col=1,
+        )
+    target = _thin(line.target.sum(axis=1).astype(np.float64), points)
+    figure.add_trace(
+        go.Scatter(
+            x=time,
+            y=target,
+            name="target",
+            legendgroup="target",
+            showlegend=legend,
+            mode="lines",
+            line={"width": 1.2, "color": "#1c2230", "shape": "hv"},
+        ),
+        row=row,
+        col=1,
+    )
+    figure.update_yaxes(rangemode="tozero", row=row, col=1)
+
+
+def _line(figure: go.Figure, row: int, x: Floats, y: Floats, name: str, colour: str, legend: bool = False) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=y,
+            name=name,
+            legendgroup=name,
+            showlegend=legend,
+            mode="lines",
+            line={"width": 1.4, "color": colour},
+        ),
+        row=row,
+        col=1,
+    )
+
+
+def _thin(values: Floats, points: int, reduce: Any = np.nanmean) -> np.ndarray:
+    """At most `points` float32 values: means (or what `reduce` says) of equal runs of ticks, NaN where all are."""
+    run = max(1, math.ceil(len(values) / points))
+    padded = np.full(math.ceil(len(values) / run) * run, np.nan)
+    padded[: len(values)] = values
+    runs = padded.reshape(-1, run)
+    known = ~np.isnan(runs).all(axis=1)
+    thinned = np.full(len(runs), np.nan, np.float32)
+    thinned[known] = reduce(runs[known], axis=1)
+    return np.round(thinned, 4)
+
+
+def _rolling_mean(values: Floats, time_s: Floats, span_s: float) -> Floats:
+    """Mean of what is known in the last `span_s` seconds, NaN where nothing is."""
+    step_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else span_s
+    width = max(1, round(span_s / max(step_s, 1e-9)))
+    known = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    count = counts[end] - counts[start]
+    mean: Floats = np.where(count > 0, (sums[end] - sums[start]) / np.maximum(count, 1), np.nan)
+    return mean
+
+
+def _styled(figure: go.Figure, height: int) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 56, "r": 16, "t": 64, "b": 44},
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 0.995, "xanchor": "right", "x": 1.0},
+        font={"size": 12, "color": "#1c2230"},
+        hovermode="closest",
+    )
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def _embed(figure: go.Figure) -> str:
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    return text
+
+
+def _footer(evaluation: Evaluation) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
+    digests = "; ".join(
+        f"{scenario['name']}: spec {scenario['spec_digest'][:12]}, trace {scenario['trace_digests'][0][:12]}"
+        for scenario in evaluation.scenarios
+    )
+    bundles = "; ".join(
+        f"{policy['policy']}: bundle {policy['bundle_digest'][:12]}"
+        for policy in evaluation.policies
+        if policy["bundle_digest"]
+    )
+    lines = [line for line in (versions, digests, bundles) if line]
+    return f"<footer>{'<br>'.join(html.escape(line) for line in lines)}</footer>"

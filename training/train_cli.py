@@ -1,0 +1,163 @@
+"""`jevons train`, `export`, `compare` and `promote`.
+
+Importing this module must stay cheap: the work is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from training.console import one_sentence_errors, say
+
+if TYPE_CHECKING:
+    from training.train_config import TrainConfig
+
+_ModelName = Annotated[str, typer.Option("--name", help="Registered model.")]
+_Tracking = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow server; the embedded store when unset.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the root."""
+    for command in (train, export, compare, promote):
+        app.command()(one_sentence_errors(command))
+
+
+def train(
+    config: Annotated[Path, typer.Option("--config", help="Training configuration, YAML.")] = Path(
+        "configs/train.yaml"
+    ),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/train"),
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Environment steps per seed.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeat for several.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="Train on this suite's traces as well.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+    tracking_uri: _Tracking = None,
+) -> None:
+    """Train a policy, judge it, and register it as a version in MLflow."""
+    from training.train_config import load_train_config
+
+    chosen = load_train_config(config)
+    changes = {"total_steps": steps, "seeds": tuple(seed) if seed else None, "suite": suite}
+    changes["tracking_uri"] = tracking_uri
+    chosen = chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    if out.exists() and any(out.glob("seed-*")) and not resume:
+        raise ValueError(f"{out}: holds a run already: --resume to go on with it, or another --out")
+    try:
+        _train(chosen, out, resume)
+    except KeyboardInterrupt:
+        say(f"interrupted; go on with: jevons train --config {config} --out {out} --resume")
+        raise typer.Exit(130) from None
+
+
+def _train(config: TrainConfig, out: Path, resume: bool) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from envs.kernel_cache import warm_up
+    from training.registry import register as register_version
+    from training.registry import store_judgement
+    from training.tracking import connect
+    from training.train import train_all
+
+    warm_up(say)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def bar(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=min(done, total))
+
+        best = train_all(config, out, resume, progress.console.print, bar)
+        client = connect(config.tracking_uri)
+        if config.evaluation_suite is not None:
+            from training.evaluate import evaluate
+            from training.report import write_report
+            from training.scenarios import load_suite
+
+            result = evaluate(
+                load_suite(config.evaluation_suite),
+                [str(best.bundle), "token-demand", "hpa", "static"],
+                on_progress=lambda done, total, _: bar("judging", done, total),
+            )
+            store_judgement(client, best.run_id, result.to_json(), best.digest)
+            write_report(result, out / "report.html")
+            client.log_artifact(best.run_id, str(out / "report.html"))
+    version = register_version(client, config.name, best.run_id, best.digest)
+    print(f"seed {best.seed}: validation score {best.score:.3f}, bundle {best.bundle}")
+    print(f"registered as version {version} of {config.name} (alias challenger); next: jevons promote {version}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished seed, such as runs/train/seed-0.")],
+    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")] = Path("policy.zip"),
+) -> None:
+    """Export a trained policy to a bundle and check that it answers like Stable-Baselines3's predict."""
+    from training.export import export as export_run
+
+    digest, difference = export_run(run, out)
+    print(f"{out}: digest {digest[:16]}, largest difference to predict {difference:.1e} over 10,000 observations")
+
+
+def compare(
+    name: _ModelName = "jevons-policy",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here as JSON.")] = None,
+    tracking_uri: _Tracking = None,
+) -> None:
+    """Show the registered versions of a policy side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from training.registry import compare as compare_versions
+
+    rows = compare_versions(name, tracking_uri)
+    if json_file is not None:
+        import json
+
+        json_file.write_text(json.dumps(rows, indent=1))
+    table = Table(title=f"{name}: registered versions")
+    for heading in (
+        "version",
+        "aliases",
+        "validation",
+        "holds SLO",
+        "attainment",
+        "$/M tok",
+        "$/M good tok",
+        "bundle",
+    ):
+        table.add_column(heading, justify="left" if heading in {"aliases", "bundle"} else "right")
+    for row in rows:
+        table.add_row(
+            str(row["version"]),
+            ", ".join(row["aliases"]),
+            _number(row["validation_score"], 3),
+            f"{row['holds_slo']}/{row['scenarios']}" if "scenarios" in row else "-",
+            _number(row.get("attainment"), 4),
+            _number(row.get("usd_per_mtok"), 3),
+            _number(row.get("usd_per_good_mtok"), 3),
+            row["bundle_digest"][:12],
+        )
+    Console().print(table)
+
+
+def promote(
+    version: Annotated[str, typer.Argument(help="Version to make champion.")],
+    name: _ModelName = "jevons-policy",
+    tracking_uri: _Tracking = None,
+) -> None:
+    """Make a version the champion, if it holds every SLO and is cheaper beyond doubt; else say why not."""
+    from training.registry import promote as promote_version
+
+    verdict = promote_version(name, version, tracking_uri)
+    print(f"version {version} of {name}: {'promoted' if verdict.promote else 'not promoted'}: {verdict.reasons[0]}")
+    if not verdict.promote:
+        raise typer.Exit(1)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
