@@ -107,7 +107,7 @@ class SimulatedCluster:
         self.library = library
         self.window = window
         requests = len(library.arrival_s) if record else 0
-        ring = min(rows * slots, 1 << 16)
+        ring = rows * slots  # every replica may be reclaimed with every slot taken
         self.arrays = ClusterArrays(
             pools=pools,
             rows=rows,
@@ -140,7 +140,7 @@ class SimulatedCluster:
         self._pools_before = self._pools.copy()
         self._read_s = np.zeros(n)
         self._read_before_s = np.zeros(n)
-        self._kv_capacity = np.ones((n, pools))
+        self._kv_capacity = np.ones((n, pools), order="F")
 
     @classmethod
     def replay(
@@ -268,7 +268,11 @@ class SimulatedCluster:
             count = delta[:, S[per]]
             return np.where(count > 0, delta[:, S[name]] / np.maximum(count, 1.0), np.nan)
 
-        ready = pools[:, :, P["replicas_ready"]]
+        def pool(name: str) -> Floats:
+            # Pool by pool in memory: services are many, pools few.
+            return pools[:, :, P[name]].copy(order="F")
+
+        ready = pool("replicas_ready")
         return Snapshot(
             time_s=self._read_s.copy(),
             window_s=span_s,
@@ -283,26 +287,31 @@ class SimulatedCluster:
             oldest_wait_s=now[:, S["oldest_wait_s"]].copy(),
             ttft_attainment=mean("ttft_ok", "first_tokens"),
             tpot_attainment=mean("tpot_ok", "finished"),
-            replicas_target=pools[:, :, P["replicas_target"]].copy(),
-            replicas_starting=pools[:, :, P["replicas_starting"]].copy(),
-            replicas_ready=ready.copy(),
-            replicas_draining=pools[:, :, P["replicas_draining"]].copy(),
+            replicas_target=pool("replicas_target"),
+            replicas_starting=pool("replicas_starting"),
+            replicas_ready=ready,
+            replicas_draining=pool("replicas_draining"),
             boot_pipeline=pools[:, :, P["boot_soon"] : P["boot_soon"] + BOOT_BINS].copy(),
-            running=pools[:, :, P["running"]].copy(),
-            waiting=pools[:, :, P["waiting"]].copy(),
-            kv_cache_usage=pools[:, :, P["kv_used_tokens"]] / (np.maximum(ready, 1.0) * self._kv_capacity),
-            batch_cap=pools[:, :, P["batch_cap"]].copy(),
+            running=pool("running"),
+            waiting=pool("waiting"),
+            kv_cache_usage=pool("kv_used_tokens") / (np.maximum(ready, 1.0) * self._kv_capacity),
+            batch_cap=pool("batch_cap"),
         )
 
     def usage(self) -> Usage:
         """Cumulative usage since the start of the episode, as of the last measurement."""
-        return self._usage_of(self._services, self._pools, self._read_s)
+        return self._usage_of(self._services.copy(), self._pools.copy(), self._read_s.copy())
 
     def window_usage(self) -> Usage:
-        """Usage in the last window."""
-        return self.usage() - self._usage_of(self._before, self._pools_before, self._read_before_s)
+        """Usage in the last window; `overdue` is the level at its end."""
+        return self._usage_of(
+            self._services - self._before,
+            self._pools - self._pools_before,
+            self._read_s - self._read_before_s,
+            overdue=self._services[:, S["overdue"]],
+        )
 
-    def _usage_of(self, services: Floats, pools: Floats, read_s: Floats) -> Usage:
+    def _usage_of(self, services: Floats, pools: Floats, read_s: Floats, overdue: Floats | None = None) -> Usage:
         return Usage(
             span_s=read_s,
             arrivals=services[:, S["arrived"]],
@@ -311,7 +320,7 @@ class SimulatedCluster:
             ttft_ok=services[:, S["ttft_ok"]],
             tpot_ok=services[:, S["tpot_ok"]],
             good=services[:, S["good"]],
-            overdue=services[:, S["overdue"]],
+            overdue=services[:, S["overdue"]] if overdue is None else overdue,
             prompt_tokens=services[:, S["finished_prompt_tokens"]],
             output_tokens=services[:, S["finished_output_tokens"]],
             good_tokens=services[:, S["good_tokens"]],
@@ -330,4 +339,4 @@ class SimulatedCluster:
 
     def apply(self, target: Target) -> None:
         """Carry out an absolute target now."""
-        fleet_step.apply_all(self.arrays, target.replicas, target.batch_cap)
+        fleet_step.apply_all(self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap))

@@ -350,7 +350,9 @@ def _cut_run(st, g, now_s):
     pool = st.pool[replica.pool]
     first_s = pool.a + pool.c * replica.decoding + pool.d * replica.kv_decode
     growth_s = pool.d * replica.decoding
-    steps = steps_to_reach(first_s, growth_s, now_s - replica.run_start_s)
+    span_s = now_s - replica.run_start_s
+    # Only a measurement moves the start of a run up to now: then this very instant is a boundary.
+    steps = steps_to_reach(first_s, growth_s, span_s) if span_s > 0.0 else 0
     if steps < replica.steps:
         replica.steps = steps
         st.end_s[g] = replica.run_start_s + decode_run_s(first_s, growth_s, steps)
@@ -521,38 +523,42 @@ def take_arrivals(st, v, now_s):
 
 
 @njit(**KERNEL)
-def _insert_returned(st, v, request):
-    """Insert a trace row into the list of returned requests, which starts at 0 and is in arrival order."""
-    service = st.service[v]
-    base = v * st.ring
-    i = service.returned_count
-    while i > 0 and st.returned[base + i - 1] > request:
-        st.returned[base + i] = st.returned[base + i - 1]
-        i -= 1
-    st.returned[base + i] = request
-    service.returned_count += 1
-
-
-@njit(**KERNEL)
 def return_to_gateway(st, v, g):
     """Take every request from replica `g` and put it at the head of the gateway queue, in arrival order."""
     service = st.service[v]
     replica = st.replica[g]
     base = g * st.slots
     ring_base = v * st.ring
-    count = replica.outstanding
-    # Compact the ring to its start, append, and sort: rows are in arrival order.
-    if service.returned_head > 0:
-        for i in range(service.returned_count):
-            st.returned[ring_base + i] = st.returned[ring_base + service.returned_head + i]
-        service.returned_head = 0
+    settle_progress(st, v, g)
+    # Rows are in arrival order. The replica's own heap, of no other use now, sorts them.
     for i in range(replica.decoding):
-        _insert_returned(st, v, st.slot[base + (st.heap[base + i] & SLOT_MASK)].request)
+        st.heap[base + i] = st.slot[base + (st.heap[base + i] & SLOT_MASK)].request
+    count = replica.decoding
     for head in (replica.prefill_head, replica.waiting_head):
         k = head
         while k >= 0:
-            _insert_returned(st, v, st.slot[base + k].request)
+            st.heap[base + count] = st.slot[base + k].request
+            count += 1
             k = st.slot[base + k].next
+    for size in range(count):
+        heap_push(st.heap, base, size, st.heap[base + size])
+    # Move the ring's rows to its start, then up by `count` to make room, and merge.
+    waiting = service.returned_count
+    for i in range(waiting):
+        st.returned[ring_base + i] = st.returned[ring_base + service.returned_head + i]
+    for i in range(waiting - 1, -1, -1):
+        st.returned[ring_base + count + i] = st.returned[ring_base + i]
+    old = count
+    for i in range(count + waiting):
+        left = count + waiting - old
+        taken = i - (old - count)
+        if taken == count or (left > 0 and st.returned[ring_base + old] < st.heap[base]):
+            st.returned[ring_base + i] = st.returned[ring_base + old]
+            old += 1
+        else:
+            st.returned[ring_base + i] = heap_pop(st.heap, base, count - taken)
+    service.returned_head = 0
+    service.returned_count += count
     service.queued += count
     service.reclaimed += count
     service.freed = 1

@@ -76,7 +76,8 @@ class Episodes:
         window = bank.interface.window
         self.bank = bank
         self.spec = spec
-        self.length_s = spec.steps * window.control_interval_s
+        # One more than the steps: the first window runs before the first action.
+        self.length_s = (spec.steps + 1) * window.control_interval_s
         self._part = part
         shortest = int(np.argmin(bank.library.duration_s))
         room_s = bank.library.duration_s[shortest] * (part[1] - part[0])
@@ -199,12 +200,12 @@ class Episodes:
         # A miss counts when it is certain: a first token that is overdue counts before it comes.
         new_misses = np.clip(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
         self._missed = np.maximum(missed, self._missed)
-        cost = self._objective.cost(usage, self._request_usd, self.bank.interface.window.control_interval_s)
-        miss_usd = np.exp(self.fleet.log_miss_price) * self._request_usd * new_misses
+        interval_s = self.bank.interface.window.control_interval_s
+        cost = self._objective.cost(usage, self._request_usd, interval_s, new_misses)
         unit = self._window_usd
         terms = {
             "provisioned": cost.provisioned_usd / unit,
-            "misses": miss_usd / unit,
+            "misses": cost.miss_usd / unit,
             "churn": cost.churn_usd / unit,
             "attainment": attainment(total),
             # Misses over allowed misses, bounded so that worlds that nobody could hold do not drown the others.

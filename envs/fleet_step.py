@@ -299,6 +299,7 @@ def fleet_events(st, v, now_s):
                 if st.replica[g].reclaim_s <= now_s:
                     return_to_gateway(st, v, g)
                     release(st, g, now_s)
+                    lost = True  # its row is free: a replacement may have had to wait for it
                 continue
             granted = st.replica[g].bill_start_s <= now_s
             if st.replica[g].reclaim_s <= now_s or (storm and granted and _uniform(service) < pool.storm_share):
@@ -336,7 +337,7 @@ def advance(st, v, until_s):
     service = st.service[v]
     while service.live_end > v * st.rows and st.status[service.live_end - 1] == GONE:
         service.live_end -= 1
-    while True:
+    while service.now_s < until_s:
         now_s = service.now_s
         if service.next_event_s <= now_s:
             fleet_events(st, v, now_s)
@@ -344,14 +345,10 @@ def advance(st, v, until_s):
         if service.queued > 0:
             dispatch(st, v, now_s)
         start_boundaries(st, v)
-        if now_s >= until_s:
-            return
         next_s = min(until_s, service.next_event_s)
         if service.next_arrival < service.end_arrival:
             next_s = min(next_s, st.arrival_s[service.next_arrival] - service.origin_s)
         run_engines(st, v, next_s)
-        if next_s >= until_s:
-            return
 
 
 @njit(**KERNEL)
@@ -361,7 +358,7 @@ def apply_target(st, v, replicas, batch_cap):
     changed = False
     for i in range(st.pools):
         pool = st.pool[v * st.pools + i]
-        if pool.replica_rows == 0:
+        if pool.replica_rows == 0 or replicas[i] < 0:
             continue
         cap = max(1, min(batch_cap[i], pool.max_num_seqs))
         if cap != pool.batch_cap:

@@ -18,6 +18,8 @@ from policies.spec import ActionSpec
 
 ACTIONS: tuple[str, ...] = ("headroom", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
+SLIVER = 0.02
+"""Part of a replica that is not worth a whole one."""
 MIN_DEMAND = 1e-3
 """Replicas needed below which a service that may have none gets none."""
 
@@ -48,13 +50,25 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     spot, on_demand = fleet.is_spot & fleet.exists, ~fleet.is_spot & fleet.exists
     both = any_pool(spot) & any_pool(on_demand)
     share = np.where(both, spot_share, any_pool(spot).astype(float))
-    replicas = np.zeros(demand.shape, np.int64)
     order = np.argsort(np.where(fleet.exists, demand * fleet.usd_per_replica_s, np.inf), axis=1, kind="stable")
+
+    n = len(demand)
+    ranks = order * n + np.arange(n)[:, np.newaxis]  # places in an array that is stored pool by pool
+
+    def ranked(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return values.T.ravel().take(ranks)
+
+    whole = np.maximum(headroom[:, np.newaxis] * ranked(demand), 1e-9)  # replicas of each pool for all the work
+    room = ranked(fleet.max_replicas).astype(float)
+    spot_ranked, on_demand_ranked = ranked(spot), ranked(on_demand)
     # Spot first with its share; on-demand gets the rest with what spot could not take; what is left spills back.
-    left = _fill(replicas, order, spot, share, demand, headroom, fleet)
-    left = _fill(replicas, order, on_demand, 1.0 - share + left, demand, headroom, fleet)
+    added, left = _fill(np.zeros_like(whole), whole, room, spot_ranked, share)
+    added, left = _fill(added, whole, room, on_demand_ranked, 1.0 - share + left)
     if fleet.pools > 1:
-        _fill(replicas, order, spot, left, demand, headroom, fleet)
+        added, _ = _fill(added, whole, room, spot_ranked, left)
+    flat = np.empty(n * fleet.pools, np.int64)
+    flat[ranks] = added
+    replicas = flat.reshape(fleet.pools, n).T
     # Work that rounds to nothing still needs someone to do it.
     nobody = total(np.maximum(replicas, fleet.min_replicas)) == 0
     rows = np.flatnonzero(nobody & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
@@ -62,26 +76,20 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     return np.where(fleet.exists, np.clip(replicas, fleet.min_replicas, fleet.max_replicas), 0)
 
 
-def _fill(
-    replicas: npt.NDArray[np.int64],
-    order: npt.NDArray[np.int64],
-    members: Bools,
-    share: Floats,
-    demand: Floats,
-    headroom: Floats,
-    fleet: Fleet,
-) -> Floats:
-    """Give `share` (n,) of the work to member pools in `order`, in place; the share (n,) that did not fit."""
-    rows = np.arange(len(demand))
+def _fill(replicas: Floats, whole: Floats, room: Floats, members: Bools, share: Floats) -> tuple[Floats, Floats]:
+    """Give `share` (n,) of the work to member pools in their order; replicas (n, P), and the share that did not fit.
+
+    `whole` (n, P) are the replicas that each pool would need for all the work, `room` (n, P) its maximum.
+    """
+    filled = replicas.copy()
     left = np.maximum(share, 0.0)
-    for rank in range(order.shape[1]):
-        pool = order[:, rank]
-        whole = np.maximum(headroom * demand[rows, pool], 1e-9)  # replicas of this pool for all the work
-        room = (fleet.max_replicas[rows, pool] - replicas[rows, pool]).astype(float)
+    for rank in range(whole.shape[1]):
+        needed = whole[:, rank]
         # A sliver of a replica is not worth a whole one.
-        wanted = np.ceil(left * whole - 0.02)
-        added = np.where(members[rows, pool], np.clip(wanted, 0.0, room), 0.0)
-        replicas[rows, pool] += added.astype(np.int64)
-        left = np.maximum(left - added / whole, 0.0)
-        left = np.where(members[rows, pool] & (left * whole <= 0.02), 0.0, left)
-    return left
+        wanted = np.ceil(left * needed - SLIVER)
+        added = np.minimum(np.maximum(wanted, 0.0), room[:, rank] - filled[:, rank])
+        added = np.where(members[:, rank], added, 0.0)
+        filled[:, rank] += added
+        left = np.maximum(left - added / needed, 0.0)
+        left = np.where(members[:, rank] & (left * needed <= SLIVER), 0.0, left)
+    return filled, left

@@ -30,8 +30,10 @@ class Decider:
         self.guardrails = guardrails
         self._builder = ObservationBuilder(fleet, window)
         n = len(fleet)
-        self._replicas = np.full((n, fleet.pools), -1, np.int64)  # -1: not known yet, taken from the snapshot
-        self._batch_cap = np.ones((n, fleet.pools), np.int64)
+        self._replicas = np.full(
+            (n, fleet.pools), -1, np.int64, order="F"
+        )  # -1: not known yet, taken from the snapshot
+        self._batch_cap = np.ones((n, fleet.pools), np.int64, order="F")
         self._changed_s = np.full(n, -np.inf)
 
     def reset(self, services: Bools | None = None) -> None:

@@ -21,7 +21,8 @@ class ErrorBudget:
         low: lowest offset of the dial.
         high: highest offset of the dial.
         memory_s: time constant of the miss rate, seconds.
-        rise: dial units per hour at twice the allowed burn rate; falling back from zero burn takes as long.
+        rise: dial units per hour and unit of burn rate above half of the allowance. With the burn rate bounded, the
+            dial rises by up to twice this an hour and falls by up to half of it.
     """
 
     def __init__(self, fleet: Fleet, low: float, high: float, memory_s: float = 3600.0, rise: float = 2.0) -> None:

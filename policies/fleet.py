@@ -21,6 +21,7 @@ class Fleet:
     """Objectives, engines, prices and bounds of `n` services with up to `P` pools each.
 
     Rows of pools that a service does not have are filled with a slow engine that may have no replica.
+    Arrays over pools are stored pool by pool (Fortran order): services are many, pools few.
     """
 
     ttft_slo_s: Floats  # (n,)
@@ -69,15 +70,15 @@ class Fleet:
             return np.full(n, value)
 
         def pool(value: float) -> Floats:
-            return np.full((n, pools), value)
+            return np.full((n, pools), value, order="F")
 
         return cls(
             ttft_slo_s=service(1.0),
             tpot_slo_s=service(0.1),
             attainment_target=service(0.99),
             log_miss_price=service(DEFAULT_LOG_MISS_PRICE),
-            exists=np.zeros((n, pools), bool),
-            is_spot=np.zeros((n, pools), bool),
+            exists=np.zeros((n, pools), bool, order="F"),
+            is_spot=np.zeros((n, pools), bool, order="F"),
             a=pool(1.0),
             b=pool(0.0),
             c=pool(0.0),
@@ -87,8 +88,8 @@ class Fleet:
             max_num_seqs=pool(1.0),
             gpus=pool(0.0),
             usd_per_replica_s=pool(0.0),
-            min_replicas=np.zeros((n, pools), np.int64),
-            max_replicas=np.zeros((n, pools), np.int64),
+            min_replicas=np.zeros((n, pools), np.int64, order="F"),
+            max_replicas=np.zeros((n, pools), np.int64, order="F"),
             cold_start_s=pool(0.0),
         )
 

@@ -8,12 +8,12 @@ This module must not know about policies, I/O or wall time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from policies.columns import any_pool, known, total
-from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
+from policies.contract import Bools, Floats, Ints, Observation, Reason, Target, take_rows
 from policies.fleet import Fleet
 from policies.spec import GuardrailSpec
 
@@ -50,9 +50,30 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
     """
     if not situation.spec.backlog_boost:
         return target
+    late = situation.observation.snapshot.oldest_wait_s > 0.5 * situation.fleet.ttft_slo_s
+    rows = np.flatnonzero(late)
+    if not len(rows):
+        return target
+    replicas = target.replicas.copy()
+    replicas[rows] = _lifted(take_rows(target, rows), _of_rows(situation, rows), situation.observation.demand[rows])
+    return Target(replicas=replicas, batch_cap=target.batch_cap)
+
+
+def _of_rows(situation: Situation, rows: Ints) -> Situation:
+    """The limits of the listed services (k,); their observation is left out of the copy."""
+    return replace(
+        situation,
+        fleet=take_rows(situation.fleet, rows),
+        current=situation.current[rows],
+        current_cap=situation.current_cap[rows],
+        quiet_s=situation.quiet_s[rows],
+    )
+
+
+def _lifted(target: Target, situation: Situation, demand: Floats) -> Ints:
+    """Replicas (k, P) that cover the demand (k, P), and no less than in force or proposed."""
     fleet, current = situation.fleet, situation.current
-    late = situation.observation.snapshot.oldest_wait_s > 0.5 * fleet.ttft_slo_s
-    demand = np.maximum(situation.observation.demand, 1e-3)  # someone waits: at least one replica
+    demand = np.maximum(demand, 1e-3)  # someone waits: at least one replica
 
     def covered(replicas: Ints) -> Floats:
         share: Floats = total(np.where(fleet.exists, replicas / demand, 0.0))
@@ -60,19 +81,18 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
 
     # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
     growth = 1.0 / np.clip(covered(current), 1e-6, 1.0)
-    most = np.maximum(fleet.max_replicas, current)
-    floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), most).astype(np.int64)
+    highest = np.maximum(fleet.max_replicas, current)
+    floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), highest).astype(np.int64)
     for pool in range(fleet.pools):
         missing = np.ceil((1.0 - covered(floor)) * demand[:, pool] - 1e-9)
-        floor[:, pool] += np.clip(missing, 0, most[:, pool] - floor[:, pool]).astype(np.int64)
+        floor[:, pool] += np.clip(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
     held = np.maximum(target.replicas, current)
     # A proposal counts for what the limits below will leave of it.
     reachable = Target(held, target.batch_cap)
     for limit in (limit_step, keep_bounds, keep_gpu_budget, keep_bounds):
         reachable = limit(reachable, situation)
     short = covered(reachable.replicas) < 1.0
-    lifted = np.where(short[:, np.newaxis], np.maximum(held, floor), held)
-    return Target(replicas=np.where(late[:, np.newaxis], lifted, target.replicas), batch_cap=target.batch_cap)
+    return np.where(short[:, np.newaxis], np.maximum(held, floor), held)
 
 
 def hold_down_while_burning(target: Target, situation: Situation) -> Target:
@@ -159,8 +179,10 @@ def settle(target: Target, situation: Situation) -> tuple[Target, Ints]:
     reasons = np.zeros(len(target), np.int64)
     for reason, rule in RULES:
         settled = rule(target, situation)
-        changed = (settled.replicas != target.replicas) | (settled.batch_cap != target.batch_cap)
-        reasons |= np.where(any_pool(changed), int(reason), 0)
+        if settled.replicas is not target.replicas:
+            reasons |= np.where(any_pool(settled.replicas != target.replicas), int(reason), 0)
+        if settled.batch_cap is not target.batch_cap:
+            reasons |= np.where(any_pool(settled.batch_cap != target.batch_cap), int(reason), 0)
         target = settled
     return target, reasons
 

@@ -14,10 +14,10 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from policies.action import ACTIONS, decode_action
 from policies.contract import Bools, Features, Floats, Observation, Target
@@ -29,7 +29,9 @@ from policies.spec import InterfaceSpec
 
 FORMAT = 1
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
+MEMBERS = ("manifest.json", "policy.onnx")
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BundleMismatch(RuntimeError):  # noqa: N818 - reads as the state that it reports
@@ -44,20 +46,34 @@ class Manifest(StrictModel):
     interface_digest: str = Field(description="SHA-256 of the interface.")
     features: tuple[str, ...] = Field(description="Names of the inputs, in order.")
     actions: tuple[str, ...] = Field(description="Names of the outputs, in order.")
-    feature_low: tuple[float, ...] = Field(description="Lowest value of each feature in training.")
-    feature_high: tuple[float, ...] = Field(description="Highest value of each feature in training.")
-    log_miss_price: float = Field(description="Centre of the trained dial: natural log of the price of a miss.")
-    log_miss_price_span: float = Field(ge=0, description="Half-width of the trained dial.")
+    feature_low: tuple[Finite, ...] = Field(description="Lowest value of each feature in training.")
+    feature_high: tuple[Finite, ...] = Field(description="Highest value of each feature in training.")
+    log_miss_price: Finite = Field(description="Centre of the trained dial: natural log of the price of a miss.")
+    log_miss_price_span: Finite = Field(ge=0, description="Half-width of the trained dial.")
     provenance: dict[str, Any] = Field(description="How it was trained: versions, digests, seeds, steps, scores.")
+
+    @model_validator(mode="after")
+    def _one_range_per_feature(self) -> Manifest:
+        if not len(self.feature_low) == len(self.feature_high) == len(self.features):
+            raise ValueError("feature_low and feature_high must hold one number per feature")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyBundle:
-    """A verified manifest and its weights."""
+    """A verified manifest and its weights.
+
+    Attributes:
+        manifest: what the bundle says about itself.
+        weights: the network, ONNX.
+        digest: SHA-256 over both, hexadecimal.
+        source: where it came from, for messages.
+    """
 
     manifest: Manifest
     weights: bytes
     digest: str
+    source: str = "the bundle"
 
 
 def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
@@ -67,10 +83,8 @@ def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         # A fixed date makes equal bundles equal bytes.
-        for name, member in (
-            ("manifest.json", json.dumps({**data, "digest": digest}, indent=1, sort_keys=True).encode()),
-            ("policy.onnx", weights),
-        ):
+        text = json.dumps({**data, "digest": digest}, indent=1, sort_keys=True)
+        for name, member in zip(MEMBERS, (text.encode(), weights), strict=True):
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), member, zipfile.ZIP_DEFLATED)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -87,32 +101,45 @@ def load_bundle(path: Path) -> PolicyBundle:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size > MAX_MEMBER_BYTES:
-                    raise BundleMismatch(f"{path}: member {member.filename} is larger than any policy")
-            data = json.loads(archive.read("manifest.json"))
-            weights = archive.read("policy.onnx")
+            found = sorted(member.filename for member in archive.infolist())
+            if found != sorted(MEMBERS):
+                raise BundleMismatch(
+                    f"{path}: not a policy bundle: expected the members {' and '.join(MEMBERS)}, found "
+                    f"{', '.join(map(repr, found[:5])) or 'none'}{' and more' if len(found) > 5 else ''}"
+                )
+            manifest_text, weights = (_read_member(path, archive, name) for name in MEMBERS)
+            data = json.loads(manifest_text)
     except FileNotFoundError:
         raise BundleMismatch(f"{path}: no such policy bundle") from None
-    except KeyError as error:
-        raise BundleMismatch(f"{path}: not a policy bundle: {error.args[0]}") from None
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, zipfile.LargeZipFile, NotImplementedError) as error:
+    except BundleMismatch:
+        raise
+    except Exception as error:  # a damaged archive also raises zlib.error, struct.error, RecursionError and more
         raise BundleMismatch(f"{path}: not a readable policy bundle (truncated or altered?): {error}") from None
     claimed = data.pop("digest", None) if isinstance(data, dict) else None
     if claimed is None or claimed != _digest(data, weights):
         raise BundleMismatch(f"{path}: the contents do not match their digest: truncated or altered")
+    if data.get("format") != FORMAT:  # first: another format has other fields
+        raise BundleMismatch(f"{path}: bundle format {data.get('format')!r}, this version of Jevons reads {FORMAT}")
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BundleMismatch(f"{path}: manifest field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if manifest.format != FORMAT:
-        raise BundleMismatch(f"{path}: bundle format {manifest.format}, this version of Jevons reads {FORMAT}")
+        where = ".".join(map(str, first["loc"])) or "(whole manifest)"
+        raise BundleMismatch(f"{path}: manifest field {where}: {first['msg']}") from None
     if manifest.features != FEATURES or manifest.actions != ACTIONS:
         raise BundleMismatch(f"{path}: made for other features or actions than this version of Jevons encodes")
     if manifest.interface_digest != manifest.interface.digest():
         raise BundleMismatch(f"{path}: the interface does not match its digest")
-    return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed))
+    return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed), source=str(path))
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as member:
+        # Not trusting the size that the archive claims: reading stops just beyond the limit.
+        content = member.read(MAX_MEMBER_BYTES + 1)
+    if len(content) > MAX_MEMBER_BYTES or archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
+        raise BundleMismatch(f"{path}: member {name} is larger than any policy")
+    return content
 
 
 def _digest(manifest: dict[str, Any], weights: bytes) -> str:
@@ -141,18 +168,21 @@ class LearnedPolicy:
 
         if bundle.manifest.interface_digest != interface.digest():
             raise BundleMismatch(
-                f"the bundle was trained for interface {bundle.manifest.interface_digest[:12]}, "
+                f"{bundle.source}: trained for interface {bundle.manifest.interface_digest[:12]}, but "
                 f"this service uses {interface.digest()[:12]}: control interval, metrics delay or action differ"
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is in the exception
+        self.bundle = bundle
         try:
             self._session = onnxruntime.InferenceSession(bundle.weights, options, providers=["CPUExecutionProvider"])
             self.outputs(np.zeros((1, len(FEATURES)), np.float32))
+        except BundleMismatch:
+            raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise BundleMismatch(f"the bundle's network cannot be run: {error}") from None
-        self.bundle = bundle
+            reason = " ".join(str(error).split())
+            raise BundleMismatch(f"{bundle.source}: the network cannot be run: {reason}") from None
         self._fleet = fleet
         self._interface = interface
         span = bundle.manifest.log_miss_price_span
@@ -166,7 +196,10 @@ class LearnedPolicy:
         """The network's outputs (n, 3) in -1..1 for features (n, F)."""
         (actions,) = self._session.run(None, {"features": features})
         if actions.shape != (len(features), len(ACTIONS)) or not np.isfinite(actions).all():
-            raise BundleMismatch(f"the network answered with shape {actions.shape} or not with numbers")
+            raise BundleMismatch(
+                f"{self.bundle.source}: the network's answer has shape {actions.shape} or holds values that are no "
+                f"finite numbers, expected shape ({len(features)}, {len(ACTIONS)})"
+            )
         return np.asarray(actions, np.float64)
 
     def distance(self, features: Features) -> Floats:

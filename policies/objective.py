@@ -5,7 +5,7 @@ This module must not know where the usage was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,11 +35,6 @@ class Usage:
     node_s: Floats  # (n, P) billed node-seconds
     ready_s: Floats  # (n, P) replica-seconds that could serve
     busy_s: Floats  # (n, P) replica-seconds in which the engine ran an iteration
-
-    def __sub__(self, earlier: Usage) -> Usage:
-        """Usage between two cumulative readings; `overdue` is a level and is kept."""
-        values = {field.name: getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)}
-        return Usage(**{**values, "overdue": self.overdue})
 
     @property
     def served_tokens(self) -> Floats:
@@ -95,16 +90,18 @@ class Objective:
         by_node = usage.node_s * self.node_gpus * per_gpu_s
         return np.where(self.bill_per_node, by_node, usage.replica_s * self.fleet.usd_per_replica_s)
 
-    def cost(self, usage: Usage, request_usd: Floats, interval_s: float) -> Cost:
+    def cost(self, usage: Usage, request_usd: Floats, interval_s: float, missed: Floats | None = None) -> Cost:
         """Price a span of usage.
 
         Args:
             usage: the span.
             request_usd: (n,) mean cost of serving a request, the unit of the miss price.
             interval_s: the control interval, the unit of the churn price.
+            missed: (n,) misses to charge; the finished ones that were not good and the rejected ones when None.
         """
         gpu_usd = total(self.pool_usd(usage))
-        missed = usage.finished - usage.good + usage.rejected
+        if missed is None:
+            missed = usage.finished - usage.good + usage.rejected
         cheapest = least(np.where(self.fleet.exists, self.fleet.usd_per_replica_s, np.inf))
         return Cost(
             gpu_usd=gpu_usd,

@@ -62,6 +62,18 @@ FEATURES: tuple[str, ...] = (
     "since_scale_down",
 )
 
+STATIC_FEATURES = (
+    "spot_offered",
+    "spot_price_ratio",
+    "log_cold_start",
+    "log_ttft_slo",
+    "log_tpot_slo_over_step",
+    "log_miss_price",
+    "log_allowed_miss_rate",
+)
+_COLUMN = {name: column for column, name in enumerate(FEATURES)}
+_STATIC_ROWS = [_COLUMN[name] for name in STATIC_FEATURES]
+
 
 def _log(ratio: Floats, limit: float = 4.0) -> Floats:
     return np.clip(np.log(np.maximum(ratio, 1e-6)), -limit, limit)
@@ -95,6 +107,7 @@ class ObservationBuilder:
         self._since_up_s = np.full(n, 1e6)
         self._since_down_s = np.full(n, 1e6)
         self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known; services last
+        self._static = _static_features(fleet)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the history of the masked services, of all when None."""
@@ -105,6 +118,7 @@ class ObservationBuilder:
             history[rows] = 0.0
         self._latency[:, rows] = 0.0
         self._demand[..., rows] = np.nan
+        self._static = _static_features(self.fleet)
         self._last_target[rows] = np.nan
         self._since_up_s[rows] = 1e6
         self._since_down_s[rows] = 1e6
@@ -192,60 +206,77 @@ class ObservationBuilder:
         maximum = np.maximum(total(fleet.max_replicas), 1)
         boot = total(known(snapshot.boot_pipeline))
         spot = total(np.where(fleet.is_spot, ready + starting, 0.0))
-        offered = any_pool(fleet.is_spot & fleet.exists)
-        price = fleet.usd_per_replica_s
-        on_demand_price = least(np.where(fleet.exists & ~fleet.is_spot, price, np.inf))
-        spot_price = least(np.where(fleet.exists & fleet.is_spot, price, np.inf))
-        with np.errstate(invalid="ignore"):
-            price_ratio = np.clip(spot_price / on_demand_price, 0.0, 2.0)
-        price_ratio = np.where(np.isfinite(spot_price) & np.isfinite(on_demand_price), price_ratio, 1.0)
         mean_60, mean_300, mean_1800 = np.fmax(self._means, 1e-3)
         limit = batch_limit[:, 0]
         cap = known(snapshot.batch_cap[:, 0], 1.0)
         running = total(known(snapshot.running))
         queue = known(snapshot.queue_requests) + total(known(snapshot.waiting))
-        ready_all = np.maximum(total(ready), 0.5)
+        ready_sum = total(ready)
+        ready_all = np.maximum(ready_sum, 0.5)
         allowed = 1.0 - fleet.attainment_target
         decode_s = known(snapshot.generation_tps) * (fleet.a[:, 0] / limit + fleet.c[:, 0])
         prefill_s = known(snapshot.prefill_tps) * fleet.b[:, 0]
         output = known(self._mix.output_tokens, 200.0)
-        columns = (
-            _log(tokens[:, 0] / capacity),
-            _log(occupancy[:, 0] / capacity),
-            _log(np.maximum(first, 1e-3) / mean_60),
-            _log(mean_60 / mean_300),
-            _log(mean_300 / mean_1800),
-            _log(np.maximum(self._peak, 1e-3) / mean_300),
-            np.minimum(np.sqrt(self._variance) / mean_300, 3.0),
-            0.5 * np.log1p(provisioned),
-            provisioned / maximum,
-            total(ready) / base,
-            np.minimum(boot[:, 0] / base, 2.0),
-            np.minimum(boot[:, 1] / base, 2.0),
-            np.minimum(boot[:, 2] / base, 2.0),
-            np.minimum(total(known(snapshot.replicas_draining)) / base, 2.0),
-            spot / base,
+        row = _COLUMN
+        encoded = np.empty((len(FEATURES), len(fleet)))
+        ratios = (
+            ("log_demand_tokens_over_provisioned", tokens[:, 0] / capacity),
+            ("log_demand_occupancy_over_provisioned", occupancy[:, 0] / capacity),
+            ("log_demand_over_mean_60s", np.maximum(first, 1e-3) / mean_60),
+            ("log_mean_60s_over_mean_300s", mean_60 / mean_300),
+            ("log_mean_300s_over_mean_1800s", mean_300 / mean_1800),
+            ("log_peak_over_mean_300s", np.maximum(self._peak, 1e-3) / mean_300),
+            ("batch_cap_over_limit", cap / limit),
+            ("log_recent_miss_rate_over_allowed", (self._misses + 0.1 * allowed) / allowed),
+            ("log_request_seconds", output * fleet.tpot_slo_s / 10.0),
+        )
+        logs = _log(np.array([ratio for _, ratio in ratios]))
+        for (name, _), values in zip(ratios, logs, strict=True):
+            encoded[row[name]] = values
+        for name, values, limit_at in (
+            ("demand_variation_300s", np.sqrt(self._variance) / mean_300, 3.0),
+            ("log_provisioned", 0.5 * np.log1p(provisioned), 4.0),
+            ("provisioned_over_maximum", provisioned / maximum, 2.0),
+            ("ready_over_provisioned", ready_sum / base, 1.0),
+            ("starting_soon_over_provisioned", boot[:, 0] / base, 2.0),
+            ("starting_mid_over_provisioned", boot[:, 1] / base, 2.0),
+            ("starting_late_over_provisioned", boot[:, 2] / base, 2.0),
+            ("draining_over_provisioned", total(known(snapshot.replicas_draining)) / base, 2.0),
+            ("spot_share_of_capacity", spot / base, 1.0),
+            ("queue_over_limit", np.log1p(queue / (limit * ready_all)), 4.0),
+            ("oldest_wait_over_ttft_slo", known(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
+            ("occupancy_of_cap", running / np.maximum(cap * ready_all, 1.0), 1.5),
+            ("kv_cache_usage", most(known(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0))), 1.0),
+            ("limit_over_max_num_seqs", limit / fleet.max_num_seqs[:, 0], 1.0),
+            ("blind_streak", self._blind_streak / MISSING_STREAK, 1.0),
+            ("prefill_share_of_work", prefill_s / np.maximum(prefill_s + decode_s, 1e-9), 1.0),
+        ):
+            np.minimum(values, limit_at, out=encoded[row[name]])
+        encoded[row["ttft_miss_rate"]] = self._latency[0]
+        encoded[row["tpot_miss_rate"]] = self._latency[1]
+        encoded[row["latency_unknown"]] = np.isnan(snapshot.ttft_attainment)
+        encoded[row["since_scale_up"]] = np.exp(-self._since_up_s / 120.0)
+        encoded[row["since_scale_down"]] = np.exp(-self._since_down_s / 120.0)
+        encoded[_STATIC_ROWS] = self._static
+        return np.ascontiguousarray(encoded.T, np.float32)
+
+
+def _static_features(fleet: Fleet) -> Floats:
+    """Rows of STATIC_FEATURES (k, n): what does not change within an episode."""
+    on_demand, spot = fleet.exists & ~fleet.is_spot, fleet.exists & fleet.is_spot
+    offered = any_pool(spot)
+    on_demand_price = least(np.where(on_demand, fleet.usd_per_replica_s, np.inf))
+    spot_price = least(np.where(spot, fleet.usd_per_replica_s, np.inf))
+    both = offered & any_pool(on_demand)
+    ratio = np.divide(spot_price, on_demand_price, out=np.ones(len(fleet)), where=both)
+    return np.stack(
+        [
             offered.astype(float),
-            price_ratio,
-            np.minimum(np.log1p(queue / (limit * ready_all)), 4.0),
-            np.minimum(known(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
-            np.minimum(running / np.maximum(cap * ready_all, 1.0), 1.5),
-            most(known(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0))),
-            _log(cap / limit, 2.0),
-            limit / fleet.max_num_seqs[:, 0],
-            self._latency[0],
-            self._latency[1],
-            _log((self._misses + 0.1 * allowed) / allowed, 5.0),
-            np.isnan(snapshot.ttft_attainment).astype(float),
-            np.minimum(self._blind_streak / MISSING_STREAK, 1.0),
-            prefill_s / np.maximum(prefill_s + decode_s, 1e-9),
-            _log(output * fleet.tpot_slo_s / 10.0),
+            np.clip(ratio, 0.0, 2.0),
             _log((fleet.cold_start_s[:, 0] + 10.0) / 120.0),
             _log(fleet.ttft_slo_s),
             _log(fleet.tpot_slo_s / fleet.a[:, 0]),
             encode_miss_price(fleet.log_miss_price),
-            _log(allowed / 0.01),
-            np.exp(-self._since_up_s / 120.0),
-            np.exp(-self._since_down_s / 120.0),
-        )
-        return np.stack(columns, axis=1).astype(np.float32)
+            _log((1.0 - fleet.attainment_target) / 0.01),
+        ]
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 BAD_INPUT, INTERRUPTED = 2, 130
+PIPED_WIDTH = 120
+"""Width of the tables where stdout is no terminal, characters."""
 
 
 def say(sentence: str) -> None:
@@ -44,6 +47,11 @@ def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end a worker process without a traceback; its parent reports."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -100,13 +108,13 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "SLO met": lambda row: f"{row['attainment']:.2%}{' ' if row['holds_slo'] else '*'}",
     "TTFT met": lambda row: f"{row['ttft_attainment']:.1%}",
     "TPOT met": lambda row: f"{row['tpot_attainment']:.1%}",
-    "$ per Mtok": lambda row: f"{row['usd_per_mtok']:.4f}",
-    "$ per good Mtok": lambda row: f"{row['usd_per_good_mtok']:.4f}",
+    "$ /Mtok": lambda row: f"{row['usd_per_mtok']:.4f}",
+    "$ /good": lambda row: f"{row['usd_per_good_mtok']:.4f}",
     "$ in all": lambda row: f"{row['usd']:,.0f}" if row["usd"] >= 1000 else f"{row['usd']:.2f}",
-    "replica hours": lambda row: f"{row['replica_hours']:,.1f}",
-    "GPU util.": lambda row: f"{row['gpu_utilization']:.0%}",
-    "over- prov.": lambda row: f"{row['overprovisioning_ratio']:.2f}",
-    "scalings per h": lambda row: f"{row['scale_events_per_hour']:.1f}",
+    "repl. hours": lambda row: f"{row['replica_hours']:,.1f}",
+    "GPU use": lambda row: f"{row['gpu_utilization']:.0%}",
+    "over- size": lambda row: f"{row['overprovisioning_ratio']:.2f}",
+    "scale per h": lambda row: f"{row['scale_events_per_hour']:.1f}",
 }
 """Headings of the headline table and what stands below them; 80 characters wide with a policy name of 12."""
 
@@ -118,11 +126,12 @@ def cheapest_holding(rows: list[dict[str, Any]]) -> float | None:
 
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print one table per scenario; a missed SLO is marked, and so is the cheapest policy that holds it."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
     summary = evaluation.by_scenario()
     for scenario in evaluation.scenarios:
         rows = [row for row in summary if row["scenario"] == scenario["name"]]
@@ -133,16 +142,17 @@ def show_evaluation(evaluation: Evaluation) -> None:
             highlight=False,
             markup=False,
         )
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        table.add_column("policy", overflow="fold", vertical="top")
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column("policy", overflow="fold", min_width=12)
         for heading in COLUMNS:
-            table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+            table.add_column("\n".join(heading.split(" ", 1)), justify="right", no_wrap=True)
         best = cheapest_holding(rows)
         for row in rows:
             style = "bold" if row["holds_slo"] and row["usd_per_mtok"] == best else None
             table.add_row(row["policy"], *(show(row) for show in COLUMNS.values()), style=style)
         console.print(table)
     console.print(
-        "\n$ per Mtok: provisioned dollars per million tokens served. *: misses the SLO. Bold: the cheapest that holds it.",
+        "\n$/Mtok, $/good: provisioned dollars per million tokens served, and served within the SLO.\n"
+        "*: misses the SLO. Bold: the cheapest policy that holds it.",
         highlight=False,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing
 import platform
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +21,12 @@ from autoscaler.controller import Controller
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace
 from policies.decider import Decider
+from policies.engine import ConfigError
 from policies.fleet import Fleet
+from policies.learned import BundleMismatch
 from policies.objective import Usage
 from policies.spec import ScalingSpec
+from training.console import end_on_ctrl_c
 from training.lineup import Entry, build, resolve, starting_spec
 from training.scenarios import Scenario, Suite
 from training.scores import AVERAGED, Bill, Score, judge, score
@@ -121,7 +123,10 @@ def evaluate(
     for scenario in suite.scenarios:
         fleet = Fleet.from_specs([scenario.spec])
         for entry in entries:
-            build(entry, fleet, scenario.spec.interface)
+            try:
+                build(entry, fleet, scenario.spec.interface)
+            except (ConfigError, BundleMismatch) as error:
+                raise type(error)(f"scenario {scenario.name!r}, policy {entry.reference!r}: {error}") from None
         if scenario.trace.file is not None:
             scenario.requests(scenario.seeds[0])
     work = [(scenario, entry) for scenario in suite.scenarios for entry in entries]
@@ -223,8 +228,9 @@ def _run_all(work: Sequence[tuple[Scenario, Entry]], jobs: int) -> Iterator[tupl
             yield index, run_cell(scenario, entry)
         return
     # Spawned, not forked: the parent may hold threads (onnxruntime, numba) that a fork would leave locked.
+    # The initializer lives in a light module: Ctrl-C may come while the workers still import.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_die_quietly) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_on_ctrl_c) as pool:
         try:
             places = {pool.submit(run_cell, *cell): index for index, cell in enumerate(work)}
             for future in as_completed(places):
@@ -232,11 +238,6 @@ def _run_all(work: Sequence[tuple[Scenario, Entry]], jobs: int) -> Iterator[tupl
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _die_quietly() -> None:
-    """Ctrl-C ends a worker without a traceback; the parent reports."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _averaged(rows: Sequence[Score], target: float) -> dict[str, Any]:

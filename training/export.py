@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from policies.action import ACTIONS
@@ -25,7 +26,7 @@ TOLERANCE = 1e-5
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.Tanh: "Tanh", nn.ReLU: "Relu"}
 
 
-class ExportMismatch(RuntimeError):  # noqa: N818
+class ExportMismatch(ValueError):  # noqa: N818
     """Raised when the exported network does not answer like the trained one."""
 
 
@@ -33,9 +34,11 @@ def to_onnx(model: BaseAlgorithm) -> bytes:
     """The deterministic policy of `model` as an ONNX graph: features (n, F) -> actions (n, A), clipped to -1..1.
 
     Raises:
-        ExportMismatch: when the policy has layers that the graph cannot hold.
+        ExportMismatch: when the policy has layers that the graph cannot hold, or weights that are no finite numbers.
     """
     policy: Any = model.policy
+    if type(policy.features_extractor) is not FlattenExtractor:
+        raise ExportMismatch(f"cannot export a feature extractor of type {type(policy.features_extractor).__name__}")
     layers = [*policy.mlp_extractor.policy_net, policy.action_net]
     nodes, weights, value = [], [], "features"
     for index, layer in enumerate(layers):
@@ -60,6 +63,8 @@ def to_onnx(model: BaseAlgorithm) -> bytes:
         weights,
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    if not all(np.isfinite(numpy_helper.to_array(weight)).all() for weight in weights):
+        raise ExportMismatch("the network's weights are no finite numbers: training has diverged")
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString())
 
@@ -95,17 +100,19 @@ def export(checkpoint: Path, out: Path) -> tuple[str, float]:
 
     Raises:
         FileNotFoundError: when the folder holds no finished run.
+        BundleMismatch: when the folder's bundle cannot be trusted.
         ExportMismatch: when the answers differ.
     """
     from stable_baselines3 import PPO
 
     from policies.learned import load_bundle, write_bundle
+    from training.registry import BUNDLE_FILE
 
-    for name in ("best.zip", "policy.zip"):
+    for name in ("best.zip", BUNDLE_FILE):
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint}: no finished training run here: {name} is missing")
+    manifest = load_bundle(checkpoint / BUNDLE_FILE).manifest
     model = PPO.load(checkpoint / "best.zip", device="cpu")
     weights = to_onnx(model)
     difference = check_equal(model, weights, probe_observations(10_000))
-    manifest = load_bundle(checkpoint / "policy.zip").manifest
     return write_bundle(out, manifest, weights), difference

@@ -177,9 +177,7 @@ def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
     assert batch_cap is None or isinstance(batch_cap, int)
     if isinstance(replicas, list):
         if len(replicas) not in {1, fleet.pools}:
-            raise ConfigError(
-                f"policy {entry.reference!r}: replicas for {len(replicas)} pools, but the scenario has {fleet.pools}"
-            )
+            raise ConfigError(f"replicas for {len(replicas)} pools, but there are {fleet.pools}")
         return StaticPolicy(fleet, np.array(replicas, np.int64), batch_cap)
     return StaticPolicy(fleet, None, batch_cap)
 

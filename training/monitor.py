@@ -6,6 +6,7 @@ This module must not know where worlds come from or where policies go.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from envs.episodes import Episodes
 from envs.vector_env import AutoscalingVecEnv
 from policies.contract import Floats
+from policies.learned import MISS_PRICE_COLUMN
+from policies.observation import encode_miss_price
 from training.train_config import LagrangeSpec, TrainConfig
 
 Log = Callable[[dict[str, float], int], None]
@@ -25,16 +28,24 @@ Log = Callable[[dict[str, float], int], None]
 
 @dataclass
 class RunState:
-    """What a resumed run needs beside the network; `state.json` in the run's folder."""
+    """What a resumed run needs beside the network; `state.json` in the run's folder.
+
+    It names the networks that belong to it. They are written before it and under new names, so that a run killed at any
+    moment leaves a state with its own networks.
+    """
 
     steps: int = 0
+    checkpoint: str = ""
     log_miss_price: float = 0.0
+    best: str = ""
     best_score: float = float("inf")
     best_steps: int = 0
+    best_log_miss_price: float = 0.0
     stale_validations: int = 0
     seconds: float = 0.0
     mlflow_run_id: str = ""
     finished: bool = False
+    bundle_digest: str = ""
     feature_low: list[float] = field(default_factory=list)
     feature_high: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -47,8 +58,37 @@ class RunState:
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
-        """Read the state of a run."""
-        return cls(**json.loads((folder / "state.json").read_text()))
+        """Read the state of a run.
+
+        Raises:
+            ValueError: when the file is not one.
+        """
+        path = folder / "state.json"
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not the state of a training run: {error}") from None
+
+    def best_point(self) -> dict[str, float]:
+        """The validation of the best network."""
+        return next(point for point in self.curve if point["score"] == self.best_score)
+
+    def finish(self, folder: Path) -> None:
+        """Keep the best network as `best.zip`, mark the run as finished, and drop what is no longer needed."""
+        if self.best != "best.zip":
+            part = folder / "best.zip.part"
+            shutil.copyfile(folder / self.best, part)
+            part.replace(folder / "best.zip")
+        self.best, self.finished = "best.zip", True
+        self.save(folder)
+        self.drop_unused(folder)
+
+    def drop_unused(self, folder: Path) -> None:
+        """Delete the networks that this state does not name."""
+        for pattern in ("checkpoint-*.zip", "best-*.zip"):
+            for path in folder.glob(pattern):
+                if path.name not in {self.checkpoint, self.best}:
+                    path.unlink()
 
 
 class Validator:
@@ -127,6 +167,15 @@ class TrainingMonitor(BaseCallback):
         self._next_validation = 0
         self._next_checkpoint = 0
 
+    def _init_callback(self) -> None:
+        # Before the learner's first reset, which draws the first episodes' prices.
+        self.env.episodes.log_miss_price = self.state.log_miss_price
+
+    @property
+    def stopped(self) -> bool:
+        """Whether validation has seen no progress for too long."""
+        return self.state.stale_validations >= self.config.validation.patience
+
     @property
     def env(self) -> AutoscalingVecEnv:
         """The environment being learned in."""
@@ -136,10 +185,11 @@ class TrainingMonitor(BaseCallback):
 
     def _on_training_start(self) -> None:
         every = self.config.validation.every_steps
-        self._next_validation = (self.state.steps // every + 1) * every
+        validated = int(self.state.curve[-1]["steps"]) if self.state.curve else 0
+        self._next_validation = (validated // every + 1) * every
         every = self.config.checkpoint_every_steps
         self._next_checkpoint = (self.state.steps // every + 1) * every
-        self.env.episodes.log_miss_price = self.state.log_miss_price
+        self._env_s, self._rollout_started_s = self.env.step_s, time.perf_counter()
 
     def _on_step(self) -> bool:
         env = self.env
@@ -149,7 +199,7 @@ class TrainingMonitor(BaseCallback):
         self._missed += float(env.terms["burn"].mean())
         self._allowed += 1.0
         self.on_progress(self.model.num_timesteps)
-        return self.state.stale_validations < self.config.validation.patience
+        return not self.stopped
 
     def _on_rollout_end(self) -> None:
         state, model = self.state, self.model
@@ -184,29 +234,43 @@ class TrainingMonitor(BaseCallback):
             self.checkpoint()
 
     def validate(self) -> dict[str, float]:
-        """Judge the network, keep it when it is the best so far."""
+        """Judge the network with the dial as it will be exported; keep it when it is the best so far."""
         state = self.state
+        started_s = time.perf_counter()
+        dial = encode_miss_price(np.array(state.log_miss_price))
 
         def act(features: np.ndarray) -> np.ndarray:
+            features = features.copy()
+            features[:, MISS_PRICE_COLUMN] = dial
             return self.model.predict(features, deterministic=True)[0]
 
         result = self.validator.run(act)
+        state.curve.append({"steps": float(state.steps), **result})
         if result["score"] < state.best_score:
             state.best_score, state.best_steps, state.stale_validations = result["score"], state.steps, 0
-            self.model.save(self.folder / "best.zip")
+            state.best_log_miss_price = state.log_miss_price
+            state.best = self._save_network("best")
+            self.checkpoint()
         else:
             state.stale_validations += 1
-        state.curve.append({"steps": float(state.steps), **result})
         self.log({f"validation/{name}": value for name, value in result.items()}, state.steps)
+        self._rollout_started_s += time.perf_counter() - started_s
         return result
 
     def checkpoint(self) -> None:
-        """Write the network and the state."""
-        self.state.steps = self.model.num_timesteps
-        part = self.folder / "checkpoint.part.zip"
+        """Write the network, then the state that names it; what is there before stays until then."""
+        state = self.state
+        state.steps = self.model.num_timesteps
+        state.checkpoint = self._save_network("checkpoint")
+        state.save(self.folder)
+        state.drop_unused(self.folder)
+
+    def _save_network(self, kind: str) -> str:
+        name = f"{kind}-{self.model.num_timesteps}.zip"
+        part = self.folder / f"{kind}.part.zip"
         self.model.save(part)
-        part.replace(self.folder / "checkpoint.zip")
-        self.state.save(self.folder)
+        part.replace(self.folder / name)
+        return name
 
     def _remember_range(self, observations: np.ndarray) -> None:
         flat = observations.reshape(-1, observations.shape[-1])

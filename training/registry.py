@@ -20,9 +20,11 @@ from training.tracking import connect
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-BUNDLE_FILE = "policy.zip"
+BUNDLE_FILE = "policy.onnx"
 EVALUATION_FILE = "evaluation.json"
 BOOTSTRAP_DRAWS = 4000
+MIN_PAIRS = 3
+"""Fewer pairs of costs say nothing about doubt: the interval of a single one has no width."""
 
 
 class RegistryError(ValueError):
@@ -40,10 +42,15 @@ class Verdict:
 
 
 def store_judgement(client: Any, run_id: str, evaluation: dict[str, Any], digest: str) -> None:
-    """Keep an evaluation (`training.evaluate.Evaluation.to_json`) with a run, and the bundle's means as metrics."""
+    """Keep an evaluation (`training.evaluate.Evaluation.to_json`) with a run, and the bundle's means as metrics.
+
+    Raises:
+        RegistryError: when the bundle is not among the policies that were evaluated.
+    """
+    own = _rows_of(evaluation, digest)
+    if not own:
+        raise RegistryError(f"the evaluation has no row of the bundle {digest[:12]}")
     client.log_text(run_id, json.dumps(evaluation, indent=1), EVALUATION_FILE)
-    names = {policy["policy"] for policy in evaluation["policies"] if policy["bundle_digest"] == digest}
-    own = [row for row in evaluation["rows"] if row["policy"] in names]
     for column in ("attainment", "usd_per_mtok", "usd_per_good_mtok", "replica_hours"):
         values = [row[column] for row in own if row[column] is not None]
         if values:
@@ -52,7 +59,10 @@ def store_judgement(client: Any, run_id: str, evaluation: dict[str, Any], digest
 
 
 def register(client: Any, name: str, run_id: str, digest: str) -> str:
-    """Make the bundle of a run the next version of model `name`, alias `challenger`; the version."""
+    """Make the bundle of a run the next version of model `name`, alias `challenger`; the version.
+
+    A bundle that is a version of this run already stays that version.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -60,6 +70,10 @@ def register(client: Any, name: str, run_id: str, digest: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    for known in client.search_model_versions(f"name='{name}'"):
+        if known.run_id == run_id and known.tags.get("bundle_digest") == digest:
+            client.set_registered_model_alias(name, CHALLENGER, known.version)
+            return str(known.version)
     uri = client.get_run(run_id).info.artifact_uri
     version = client.create_model_version(name, f"{uri}/{BUNDLE_FILE}", run_id, tags={"bundle_digest": digest})
     client.set_registered_model_alias(name, CHALLENGER, version.version)
@@ -70,14 +84,22 @@ def resolve_bundle(reference: str, tracking_uri: str | None = None) -> Path:
     """Local path of the bundle that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names, its digest verified.
 
     Raises:
-        RegistryError: when there is no such version.
+        RegistryError: when there is no such version, or its bundle is not stored any more.
         BundleMismatch: when the bundle is not the one that was registered.
     """
+    from mlflow.exceptions import MlflowException
+
     client = connect(tracking_uri)
     version = find_version(client, reference)
-    path = _download(client, version.run_id, BUNDLE_FILE)
-    registered = version.tags.get("bundle_digest")
-    if registered and load_bundle(path).digest != registered:
+    try:
+        path = Path(client.download_artifacts(version.run_id, BUNDLE_FILE, tempfile.mkdtemp(prefix="jevons-")))
+    except (MlflowException, OSError) as error:
+        raise RegistryError(f"{reference}: its bundle is not in the store ({error})") from None
+    try:
+        digest = load_bundle(path).digest
+    except BundleMismatch as error:
+        raise BundleMismatch(f"{reference}: {error}") from None
+    if version.tags.get("bundle_digest", digest) != digest:
         raise BundleMismatch(f"{reference}: the stored bundle is not the one that was registered")
     return path
 
@@ -102,17 +124,23 @@ def find_version(client: Any, reference: str) -> Any:
 
 
 def judgement(client: Any, version: Any) -> list[dict[str, Any]]:
-    """The evaluation rows that were stored with a version's run.
+    """The evaluation rows that were stored with a version's run, each with the digests of its `world`.
 
     Raises:
         RegistryError: when the version was never judged.
     """
     if EVALUATION_FILE not in {item.path for item in client.list_artifacts(version.run_id)}:
         raise RegistryError(f"version {version.version} of {version.name} was never judged: its run has no evaluation")
-    stored: dict[str, Any] = json.loads(_download(client, version.run_id, EVALUATION_FILE).read_text())
-    digest = version.tags.get("bundle_digest")
-    names = {policy["policy"] for policy in stored["policies"] if policy["bundle_digest"] == digest}
-    rows: list[dict[str, Any]] = [row for row in stored["rows"] if row["policy"] in names]
+    with tempfile.TemporaryDirectory(prefix="jevons-") as folder:
+        path = client.download_artifacts(version.run_id, EVALUATION_FILE, folder)
+        stored: dict[str, Any] = json.loads(Path(path).read_text())
+    worlds = {
+        scenario["name"]: (scenario.get("spec_digest"), *scenario.get("trace_digests", ()))
+        for scenario in stored.get("scenarios", ())
+    }
+    rows = [
+        {**row, "world": worlds.get(row["scenario"])} for row in _rows_of(stored, version.tags.get("bundle_digest"))
+    ]
     if not rows:
         raise RegistryError(f"version {version.version} of {version.name} was never judged: no row of it is stored")
     return rows
@@ -124,12 +152,16 @@ def compare(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
     Raises:
         RegistryError: when there is no such model.
     """
+    from mlflow.exceptions import MlflowException
+
     client = connect(tracking_uri)
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException:
+        raise RegistryError(f"no registered model named {name!r}") from None
     versions = sorted(client.search_model_versions(f"name='{name}'"), key=lambda v: -int(v.version))
-    if not versions:
-        raise RegistryError(f"no registered model named {name!r}")
     aliases: dict[str, list[str]] = {}
-    for alias, version in client.get_registered_model(name).aliases.items():
+    for alias, version in model.aliases.items():
         aliases.setdefault(str(version), []).append(alias)
     table = []
     for version in versions:
@@ -150,7 +182,7 @@ def compare(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
             row |= {
                 "scenarios": len({item["scenario"] for item in judged}),
                 "holds_slo": sum(held_scenarios(judged).values()),
-                "attainment": float(np.mean([item["attainment"] for item in judged])),
+                "attainment": _mean([item["attainment"] for item in judged]),
                 "usd_per_mtok": geometric_mean([item["usd_per_mtok"] for item in judged]),
                 "usd_per_good_mtok": geometric_mean([item["usd_per_good_mtok"] for item in judged]),
                 "replica_hours": float(np.sum([item["replica_hours"] for item in judged])),
@@ -185,16 +217,22 @@ def judge(challenger: Sequence[dict[str, Any]], champion: Sequence[dict[str, Any
         challenger: evaluation rows, one per scenario and seed.
         champion: the same of the champion, None when there is none yet.
     """
+    if not challenger:
+        return Verdict(False, ("it was never judged",))
     failing = [scenario for scenario, holds in held_scenarios(challenger).items() if not holds]
     if failing:
         return Verdict(False, (f"misses the SLO on {', '.join(failing)}",))
     if champion is None:
         return Verdict(True, ("holds the SLO on every scenario; there is no champion yet",))
-    ours = {(row["scenario"], row["seed"]): row["usd_per_good_mtok"] for row in challenger}
-    theirs = {(row["scenario"], row["seed"]): row["usd_per_good_mtok"] for row in champion}
+    ours, theirs = _costs(challenger), _costs(champion)
     if ours.keys() != theirs.keys():
         return Verdict(False, ("the champion was judged on other scenarios or seeds: judge both on the same suite",))
-    ratios = np.log([ours[key] / theirs[key] for key in sorted(ours)])
+    if len(ours) < MIN_PAIRS:
+        return Verdict(False, (f"judged on {len(ours)} pairs of scenario and seed: {MIN_PAIRS} are needed at least",))
+    undefined = sorted({key[0] for costs in (ours, theirs) for key, cost in costs.items() if not cost or cost <= 0})
+    if undefined:
+        return Verdict(False, (f"cost per good token is not defined on {', '.join(undefined)}",))
+    ratios = np.log([ours[key] / theirs[key] for key in sorted(ours, key=repr)])
     rng = np.random.default_rng(0)
     draws = rng.choice(ratios, (BOOTSTRAP_DRAWS, len(ratios))).mean(axis=1)
     low, high = (float(value) for value in np.exp(np.quantile(draws, (0.025, 0.975))))
@@ -220,5 +258,16 @@ def geometric_mean(values: Sequence[float | None]) -> float | None:
     return float(np.exp(np.mean(np.log(np.asarray(values, float)))))
 
 
-def _download(client: Any, run_id: str, name: str) -> Path:
-    return Path(client.download_artifacts(run_id, name, tempfile.mkdtemp(prefix="jevons-")))
+def _rows_of(evaluation: dict[str, Any], digest: str | None) -> list[dict[str, Any]]:
+    names = {policy["policy"] for policy in evaluation["policies"] if digest and policy["bundle_digest"] == digest}
+    return [row for row in evaluation["rows"] if row["policy"] in names]
+
+
+def _costs(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], Any]:
+    return {(row["scenario"], row["seed"], row.get("world")): row["usd_per_good_mtok"] for row in rows}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean; None when any is missing."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if values and len(known) == len(values) else None

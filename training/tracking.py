@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,24 @@ def connect(tracking_uri: str | None = None) -> Any:
     """An MLflow client on `tracking_uri`, the environment's MLFLOW_TRACKING_URI, or the embedded store; in this order.
 
     The embedded store is created when it does not exist.
+
+    Raises:
+        ConnectionError: when the store does not answer.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
         DEFAULT_STORE.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{(DEFAULT_STORE / 'mlflow.db').resolve()}"
-    mlflow.set_tracking_uri(uri)
+    # Not mlflow.set_tracking_uri: it sets an environment variable, which would decide for later calls without a URI.
     client = mlflow.MlflowClient(uri)
-    if client.get_experiment_by_name(EXPERIMENT) is None:
+    try:
+        known = client.get_experiment_by_name(EXPERIMENT) is not None
+    except MlflowException as error:
+        raise ConnectionError(f"the MLflow store {uri} cannot be used: {error.message}") from None
+    if not known:
         embedded = uri.startswith("sqlite")
         location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").resolve().as_uri() if embedded else None
         client.create_experiment(EXPERIMENT, artifact_location=location)
@@ -38,6 +47,36 @@ def connect(tracking_uri: str | None = None) -> Any:
 def experiment_id(client: Any) -> str:
     """Identifier of the experiment that `connect` made sure of."""
     return str(client.get_experiment_by_name(EXPERIMENT).experiment_id)
+
+
+class RunLog:
+    """Metrics of one run, written in the background so that learning does not wait; `end` waits for all of them.
+
+    Args:
+        client: as `connect` gives it.
+        run_id: of the run.
+    """
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._pending: list[Any] = []
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        """Log metrics at a step."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(name, value, now_ms, step) for name, value in metrics.items()]
+        self._pending.append(self._client.log_batch(self._run_id, batch, synchronous=False))
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Wait for what was logged, then close the run as FINISHED, FAILED or KILLED."""
+        try:
+            while self._pending:
+                self._pending.pop(0).wait()
+        finally:
+            self._client.set_terminated(self._run_id, status)
 
 
 def code_version() -> str:

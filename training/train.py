@@ -23,16 +23,20 @@ from envs.randomization import ScenarioBank, draw_bank
 from envs.traces import Trace
 from envs.vector_env import AutoscalingVecEnv
 from policies.action import ACTIONS
-from policies.learned import FORMAT, Manifest, write_bundle
+from policies.engine import ConfigError, read_yaml
+from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec
 from training.export import check_equal, probe_observations, to_onnx
 from training.monitor import RunState, TrainingMonitor, Validator
-from training.tracking import code_version, connect, experiment_id
+from training.registry import BUNDLE_FILE
+from training.tracking import RunLog, code_version, connect, experiment_id
 from training.train_config import TrainConfig
 
 VALIDATION_SEED = 20_000
 EQUALITY_PROBES = 10_000
+CHANGEABLE = {"total_steps", "seeds", "tracking_uri", "evaluation_suite", "checkpoint_every_steps"}
+"""What a resumed run may be given anew."""
 
 
 @dataclass(frozen=True)
@@ -91,64 +95,125 @@ def train_seed(
     say: Callable[[str], None],
     bar: Any,
 ) -> TrainedPolicy:
-    """Train one seed to its end, its early stop, or where it was interrupted."""
+    """Train one seed to its end, its early stop, or where it was interrupted.
+
+    Its MLflow run ends as FINISHED, as KILLED when interrupted, or as FAILED; a resumed run goes on in the same one.
+
+    Raises:
+        ConfigError: when the run to resume was started with another configuration.
+    """
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    resumed = resume and (folder / "checkpoint.zip").is_file()
-    state = RunState.load(folder) if resumed else RunState(log_miss_price=float(np.log(config.objective.miss_price)))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    resumed = resume and (folder / "state.json").is_file()
+    if resumed:
+        check_same(config, folder / "config.yaml")
+        state = RunState.load(folder)
+    else:
+        state = RunState(log_miss_price=float(np.log(config.objective.miss_price)))
+    client = connect(config.tracking_uri)
+    bundle, known_run = folder / BUNDLE_FILE, _run_exists(client, state.mlflow_run_id)
+    if state.bundle_digest and known_run and bundle.is_file() and load_bundle(bundle).digest == state.bundle_digest:
+        # A second export would change what is registered already.
+        say(f"seed {seed}: finished before, best at {state.best_steps:,} steps {_words(state.best_point())}")
+        return TrainedPolicy(seed, folder, state.best_score, bundle, state.bundle_digest, state.mlflow_run_id, state)
+    _write_config(config, folder)
 
+    if known_run:
+        client.update_run(state.mlflow_run_id, status="RUNNING")
+    else:
+        run = client.create_run(experiment_id(client), run_name=f"{config.name}-seed{seed}")
+        state.mlflow_run_id = run.info.run_id
+        state.save(folder)
+    run_id = state.mlflow_run_id
+    log = RunLog(client, run_id)
+    try:
+        if not (known_run and state.curve):
+            _log_start(client, run_id, config, bank, seed)
+        _learn(config, bank, seed, folder, state, log, say, bar)
+        bundle, digest = write_policy(config, bank, folder, state, seed)
+        for file in ("config.yaml", "best.zip", BUNDLE_FILE, "state.json"):
+            client.log_artifact(run_id, str(folder / file))
+        client.log_metric(run_id, "validation/best_score", state.best_score)
+        client.set_tag(run_id, "bundle_digest", digest)
+        state.bundle_digest = digest
+        state.save(folder)
+    except KeyboardInterrupt:
+        log.end("KILLED")
+        raise
+    except BaseException:
+        log.end("FAILED")
+        raise
+    log.end()
+    return TrainedPolicy(seed, folder, state.best_score, bundle, digest, run_id, state)
+
+
+def _learn(
+    config: TrainConfig,
+    bank: ScenarioBank,
+    seed: int,
+    folder: Path,
+    state: RunState,
+    log: RunLog,
+    say: Callable[[str], None],
+    bar: Any,
+) -> None:
+    """Everything between the start of a seed, or where its checkpoint left it, and its best network."""
     held_out = config.episodes.model_copy(update={"log_miss_price_spread": 0.0})
     part = (config.train_share, 1.0)
     validator = Validator(Episodes(bank, config.validation.episodes, held_out, VALIDATION_SEED, part), VALIDATION_SEED)
-    # A resumed run draws new episodes: those before the interruption are learned from already.
-    env = AutoscalingVecEnv(
-        bank,
-        config.ppo.num_envs,
-        config.episodes,
-        seed=seed + 1_000_003 * state.steps,
-        part=(0.0, config.train_share),
-    )
-    model = PPO.load(folder / "checkpoint.zip", env, device="cpu") if resumed else new_model(config, env, seed)
+    env = AutoscalingVecEnv(bank, config.ppo.num_envs, config.episodes, seed=seed, part=(0.0, config.train_share))
+    model = PPO.load(folder / state.checkpoint, env, device="cpu") if state.checkpoint else new_model(config, env, seed)
+    # A resumed run draws new episodes: those before the interruption are learned from already. Making or loading a
+    # model seeds the environment too, so this comes after it.
+    model.set_random_seed((seed + 1_000_003 * state.steps) % (1 << 31))
     model.set_logger(Logger(folder=None, output_formats=[]))
-
-    client = connect(config.tracking_uri)
-    if not state.mlflow_run_id:
-        run = client.create_run(experiment_id(client), run_name=f"{config.name}-seed{seed}")
-        state.mlflow_run_id = run.info.run_id
-        _log_start(client, state.mlflow_run_id, config, bank, seed)
-    run_id = state.mlflow_run_id
-
-    def log(metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            client.log_metric(run_id, name, value, step=step, synchronous=False)
-
     monitor = TrainingMonitor(
         config, folder, state, validator, log, lambda steps: bar(f"seed {seed}", steps, config.total_steps)
     )
     monitor.init_callback(model)
     if not state.curve:
-        first = monitor.validate()
-        say(f"seed {seed}: start {_words(first)}")
-    if state.steps < config.total_steps and not state.finished:
+        say(f"seed {seed}: start {_words(monitor.validate())}")
+    if state.steps < config.total_steps and not monitor.stopped:
         try:
             model.learn(config.total_steps - state.steps, callback=monitor, reset_num_timesteps=False)
         except KeyboardInterrupt:
             monitor.checkpoint()
             raise
+    if state.curve[-1]["steps"] < state.steps and not monitor.stopped:
         monitor.validate()
-        state.finished = True
-        state.save(folder)
-    best = next(point for point in state.curve if point["score"] == state.best_score)
-    say(f"seed {seed}: best at {state.best_steps:,} steps {_words(best)}")
+    state.finish(folder)
+    say(f"seed {seed}: best at {state.best_steps:,} steps {_words(state.best_point())}")
 
-    bundle, digest = write_policy(config, bank, folder, state, seed)
-    for file in ("config.yaml", "best.zip", "policy.zip", "state.json"):
-        client.log_artifact(run_id, str(folder / file))
-    client.log_metric(run_id, "validation/best_score", state.best_score)
-    client.set_tag(run_id, "bundle_digest", digest)
-    client.set_terminated(run_id)
-    return TrainedPolicy(seed, folder, state.best_score, bundle, digest, run_id, state)
+
+def check_same(config: TrainConfig, path: Path) -> None:
+    """Make sure that a run to resume was started with this configuration, number of steps and the like aside.
+
+    Raises:
+        ConfigError: naming the fields that differ.
+    """
+    started = read_yaml(path)
+    now = config.model_dump(mode="json")
+    before = started if isinstance(started, dict) else {}
+    differing = [name for name in now if name not in CHANGEABLE and now[name] != before.get(name)]
+    if now["seeds"][0] != (before.get("seeds") or [None])[0]:
+        differing.append("seeds (the first one draws the worlds)")
+    if differing:
+        raise ConfigError(f"{path}: the run to resume was started with another {', '.join(differing)}")
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    part = folder / "config.yaml.part"
+    part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    part.replace(folder / "config.yaml")
+
+
+def _run_exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(run_id) and client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
 
 
 def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:
@@ -180,11 +245,10 @@ def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:
 
 
 def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: RunState, seed: int) -> tuple[Path, str]:
-    """Export the best network of a run to `policy.zip`, checked against `predict`; the bundle and its digest."""
+    """Export the best network of a finished run to its bundle, checked against `predict`; path and digest."""
     model = PPO.load(folder / "best.zip", device="cpu")
     weights = to_onnx(model)
     difference = check_equal(model, weights, probe_observations(EQUALITY_PROBES))
-    best = next(point for point in state.curve if point["score"] == state.best_score)
     manifest = Manifest(
         format=FORMAT,
         interface=config.interface,
@@ -193,7 +257,7 @@ def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: R
         actions=ACTIONS,
         feature_low=tuple(state.feature_low),
         feature_high=tuple(state.feature_high),
-        log_miss_price=state.log_miss_price,
+        log_miss_price=state.best_log_miss_price,
         log_miss_price_span=config.episodes.log_miss_price_spread,
         provenance={
             "code_version": code_version(),
@@ -201,14 +265,14 @@ def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: R
             "seed": seed,
             "steps": state.best_steps,
             "training_seconds": round(state.seconds, 1),
-            "validation": best,
+            "validation": state.best_point(),
             "equality_with_predict": difference,
             "equality_probes": EQUALITY_PROBES,
             "trace_digests": [trace.digest() for trace in bank.traces],
             "config": json.loads(config.model_dump_json()),
         },
     )
-    path = folder / "policy.zip"
+    path = folder / BUNDLE_FILE
     return path, write_bundle(path, manifest, weights)
 
 

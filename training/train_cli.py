@@ -5,12 +5,13 @@ Importing this module must stay cheap: the work is imported inside the commands.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training.console import one_sentence_errors, say
+from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, write_whole
 
 if TYPE_CHECKING:
     from training.train_config import TrainConfig
@@ -48,8 +49,11 @@ def train(
     try:
         _train(chosen, out, resume)
     except KeyboardInterrupt:
-        say(f"interrupted; go on with: jevons train --config {config} --out {out} --resume")
-        raise typer.Exit(130) from None
+        options: list[tuple[str, object]] = [("--config", config), ("--out", out), ("--steps", steps)]
+        options += [*(("--seed", value) for value in seed or ()), ("--suite", suite), ("--tracking-uri", tracking_uri)]
+        words = [str(word) for name, value in options if value is not None for word in (name, value)]
+        say(f"interrupted; go on with: jevons train {shlex.join(words)} --resume")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _train(config: TrainConfig, out: Path, resume: bool) -> None:
@@ -57,11 +61,21 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from envs.kernel_cache import warm_up
+    from policies.engine import ConfigError
     from training.registry import register as register_version
     from training.registry import store_judgement
+    from training.scenarios import load_suite
     from training.tracking import connect
     from training.train import train_all
 
+    # What the policy is judged on is checked before hours of training, not after.
+    suite = None if config.evaluation_suite is None else load_suite(config.evaluation_suite)
+    for scenario in () if suite is None else suite.scenarios:
+        if scenario.spec.interface != config.interface:
+            raise ConfigError(
+                f"evaluation_suite {config.evaluation_suite}: scenario {scenario.name!r} has another interface "
+                "(control interval, metrics delay or action) than the one trained for"
+            )
     warm_up(say)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -74,13 +88,12 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
 
         best = train_all(config, out, resume, progress.console.print, bar)
         client = connect(config.tracking_uri)
-        if config.evaluation_suite is not None:
+        if suite is not None:
             from training.evaluate import evaluate
             from training.report import write_report
-            from training.scenarios import load_suite
 
             result = evaluate(
-                load_suite(config.evaluation_suite),
+                suite,
                 [str(best.bundle), "token-demand", "hpa", "static"],
                 on_progress=lambda done, total, _: bar("judging", done, total),
             )
@@ -94,11 +107,12 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished seed, such as runs/train/seed-0.")],
-    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")] = Path("policy.zip"),
+    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")] = Path("policy.onnx"),
 ) -> None:
     """Export a trained policy to a bundle and check that it answers like Stable-Baselines3's predict."""
     from training.export import export as export_run
 
+    check_writable(out)
     digest, difference = export_run(run, out)
     print(f"{out}: digest {digest[:16]}, largest difference to predict {difference:.1e} over 10,000 observations")
 
@@ -114,11 +128,13 @@ def compare(
 
     from training.registry import compare as compare_versions
 
+    check_writable(json_file)
     rows = compare_versions(name, tracking_uri)
     if json_file is not None:
         import json
 
-        json_file.write_text(json.dumps(rows, indent=1))
+        text = json.dumps(rows, indent=1) + "\n"
+        write_whole(json_file, lambda partial: partial.write_text(text, encoding="utf-8"))
     table = Table(title=f"{name}: registered versions")
     for heading in (
         "version",

@@ -25,8 +25,12 @@ class PpoSpec(StrictModel):
     gae_lambda: Share = Field(default=0.95, description="Generalised advantage estimation.")
     clip_range: Positive = Field(default=0.2, description="Clipping of the probability ratio.")
     entropy: NonNegative = Field(default=0.0, description="Entropy bonus.")
-    hidden: tuple[int, ...] = Field(default=(64, 64), min_length=1, description="Widths of the hidden layers.")
-    log_std: float = Field(default=-1.2, description="Initial log standard deviation of the outputs.")
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(64, 64), min_length=1, description="Widths of the hidden layers."
+    )
+    log_std: float = Field(
+        default=-1.2, allow_inf_nan=False, description="Initial log standard deviation of the outputs."
+    )
     target_kl: Positive | None = Field(default=0.03, description="Stop a rollout's epochs beyond this divergence.")
 
     @model_validator(mode="after")
@@ -41,7 +45,13 @@ class LagrangeSpec(StrictModel):
 
     enabled: bool = Field(default=True, description="Adapt the price of a miss; else it stays at its start.")
     rate: Positive = Field(default=0.05, description="Change of the log price per rollout and unit of violation.")
-    limits: tuple[float, float] = Field(default=(1.0, 400.0), description="Lowest and highest price.")
+    limits: tuple[Positive, Positive] = Field(default=(1.0, 400.0), description="Lowest and highest price.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LagrangeSpec:
+        if self.limits[0] > self.limits[1]:
+            raise ValueError(f"limits: the lowest price {self.limits[0]} is above the highest {self.limits[1]}")
+        return self
 
 
 class ValidationSpec(StrictModel):
@@ -63,7 +73,7 @@ class TrainConfig(StrictModel):
 
     name: str = Field(default="jevons-policy", min_length=1, description="Registered model name in MLflow.")
     total_steps: int = Field(default=1_000_000, ge=1, description="Environment steps per seed.")
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(default=(0,), description="One run each.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1, description="One run each.")
     train_share: Share = Field(default=0.7, description="First share of every trace's time, for training.")
     suite: str | None = Field(default=None, description="Suite whose traces and pools are trained on as well.")
     suite_copies: int = Field(default=8, ge=1, description="Weight of each of its scenarios.")
@@ -79,6 +89,14 @@ class TrainConfig(StrictModel):
     lagrange: LagrangeSpec = Field(default=LagrangeSpec(), description="The price of a miss.")
     validation: ValidationSpec = Field(default=ValidationSpec(), description="Progress and early stopping.")
     warm_start: WarmStartSpec | None = Field(default=WarmStartSpec(), description="Start from a guarded rule.")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> TrainConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: every seed must be given once")
+        if self.objective.miss_price == 0:
+            raise ValueError("objective.miss_price must be above 0: training moves it by factors")
+        return self
 
 
 def load_train_config(path: Path) -> TrainConfig:

@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace, write_trace
+from policies.action import ACTIONS
 from policies.contract import Outcome
 from policies.decider import Decider
 from policies.engine import ConfigError
 from policies.fleet import Fleet
-from policies.learned import BundleMismatch
+from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
+from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
 from training import evaluate as judging
 from training import lineup
@@ -237,7 +240,7 @@ def test_a_bill_without_labels_is_not_split():
         ("hpa:target=1", "unknown parameter 'target=1'; hpa has target_share"),
         ("hpa:target_share=2", "parameter target_share: expected a number above 0, at most 1, got '2'"),
         ("static:replicas=many", "parameter replicas: expected a number of replicas"),
-        ("static:replicas=1/2", "replicas for 2 pools, but the scenario has 1"),
+        ("static:replicas=1/2", "scenario 'chat', policy 'static:replicas=1/2': replicas for 2 pools, but there are 1"),
         ("token-demand:headroom=nan", "parameter headroom: expected a number above 0"),
     ],
 )
@@ -299,3 +302,49 @@ def test_counters_of_the_cluster_agree_with_the_verdicts():
     assert usage.span_s.tolist() == [900.0]
     assert int(usage.good[0]) == int((verdicts.good & done).sum())
     assert int(usage.tpot_ok[0]) == int((verdicts.tpot_ok & done).sum())
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle whose network always answers 0: the reference rule."""
+    inputs, outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width])
+        for name, width in (("features", len(FEATURES)), ("action", len(ACTIONS)))
+    )
+    weights = numpy_helper.from_array(np.zeros((len(FEATURES), len(ACTIONS)), np.float32), "weights")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["features", "weights"], ["action"])], "zero", [inputs], [outputs], [weights]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    interface = make().spec.interface
+    manifest = Manifest(
+        format=FORMAT,
+        interface=interface,
+        interface_digest=interface.digest(),
+        features=FEATURES,
+        actions=ACTIONS,
+        feature_low=(-10.0,) * len(FEATURES),
+        feature_high=(10.0,) * len(FEATURES),
+        log_miss_price=3.0,
+        log_miss_price_span=1.0,
+        provenance={},
+    )
+    path = tmp_path / "zero.onnx"
+    write_bundle(path, manifest, model.SerializeToString())
+    return path
+
+
+def test_a_bundle_is_judged_like_any_policy_in_any_process(bundle):
+    suite = suite_of(make(seeds=[0], trace={"generator": {"profile": "chat", "duration_s": 300, "mean_rps": 5}}))
+    references = [str(bundle), "static"]
+    one, two = evaluate(suite, references), evaluate(suite, references, jobs=2)
+    assert one.rows[0].attainment == two.rows[0].attainment > 0
+    assert one.policies[0]["bundle_digest"] == load_bundle(bundle).digest
+
+
+def test_a_bundle_for_another_interface_is_refused_before_anything_runs(bundle):
+    slow = make(name="slow", control_interval_s=30, trace={"file": "never/read"})
+    with pytest.raises(
+        BundleMismatch, match=r"scenario 'slow', policy '.*zero.onnx': .*trained for interface"
+    ):
+        evaluate(suite_of(slow), [str(bundle)])
