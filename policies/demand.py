@@ -24,6 +24,8 @@ BACKLOG_DRAIN_S = 30.0
 """The backlog should be worked off in this time."""
 DEFAULT_PROMPT_TOKENS = 1000.0
 DEFAULT_OUTPUT_TOKENS = 200.0
+MIN_REQUEST_SECONDS = 30.0
+"""Request-seconds in the engines before the measured context counts."""
 
 
 class Demand(NamedTuple):
@@ -94,8 +96,55 @@ class RequestMix:
             setattr(self, name, np.where(seen, np.where(np.isnan(old), new, blended), old))
 
 
-def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand:
-    """Both demand estimates for every pool, from one window. Missing rates count as unknown, see `Snapshot.blind`."""
+class RunningContext:
+    """Remembers the mean context of a running request: KV tokens over running requests, summed over about ten minutes.
+
+    Batches are filled by requests in proportion to the time they stay. The mean over finished requests is far too low
+    where a few long requests run among many short ones.
+    """
+
+    MEMORY_S = 600.0
+
+    def __init__(self, n: int) -> None:
+        self._kv_tokens = np.zeros(n)  # token-seconds
+        self._running = np.zeros(n)  # request-seconds
+
+    @property
+    def tokens(self) -> Floats:
+        """(n,) mean context, tokens; NaN until enough has been measured."""
+        enough = self._running > MIN_REQUEST_SECONDS
+        return np.where(enough, np.maximum(self._kv_tokens / np.maximum(self._running, 1e-9), 1.0), np.nan)
+
+    def reset(self, services: np.ndarray) -> None:
+        """Forget the masked services."""
+        self._kv_tokens[services] = 0.0
+        self._running[services] = 0.0
+
+    def adopt(self, other: RunningContext, rows: Ints) -> None:
+        """Take over the whole memory of `other` as the listed services (k,)."""
+        self._kv_tokens[rows] = other._kv_tokens
+        self._running[rows] = other._running
+
+    def update(self, snapshot: Snapshot, fleet: Fleet) -> None:
+        """Fold in one window; one without a measurement changes nothing."""
+        kv_tokens = total(snapshot.kv_cache_usage * fleet.kv_capacity * snapshot.replicas_ready)
+        running = total(snapshot.running)
+        seconds = known(snapshot.window_s)
+        keep = np.exp(-seconds / self.MEMORY_S)
+        measured = ~np.isnan(kv_tokens + running)
+        self._kv_tokens = self._kv_tokens * keep + np.where(measured, kv_tokens * seconds, 0.0)
+        self._running = self._running * keep + np.where(measured, running * seconds, 0.0)
+
+
+def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix, context: Floats | None = None) -> Demand:
+    """Both demand estimates for every pool, from one window. Missing rates count as unknown, see `Snapshot.blind`.
+
+    Args:
+        snapshot: the window.
+        fleet: the services.
+        mix: lengths of finished requests.
+        context: (n,) measured mean context of running requests, tokens; from the mix where it is NaN.
+    """
     column = np.newaxis
     prompt = np.maximum(_first_known(mix.prompt_tokens, DEFAULT_PROMPT_TOKENS), 1.0)
     output = np.maximum(_first_known(mix.output_tokens, DEFAULT_OUTPUT_TOKENS), 1.0)
@@ -109,7 +158,8 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     arrived_load_tps = _first_known(
         snapshot.prompt_tps * uncached, snapshot.arrival_rps * prompt * uncached, computed_tps
     )
-    context = prompt + 0.5 * output
+    expected_context = prompt + 0.5 * output
+    context = expected_context if context is None else _first_known(context, expected_context)
     position = prompt * (1.0 - 0.5 * uncached)
 
     prefill_s = fleet.b + fleet.e * position[:, column]

@@ -1,8 +1,8 @@
 """Learned policies: a bundle of ONNX weights and a manifest, loaded without pickle.
 
-A bundle is a zip archive of two members: ``policy.onnx`` and ``manifest.json``. The manifest names the interface that
-the policy was trained for, the range of every feature in training, and where the policy came from; a digest covers all
-of it. A bundle that is truncated, altered or made for another interface is refused.
+A bundle is a zip archive of two members, not compressed: ``manifest.json`` and ``policy.onnx``. The manifest names the
+interface that the policy was trained for, the range of every feature in training, and where the policy came from; a
+digest covers all of it. A bundle that is truncated, altered in any byte or made for another interface is refused.
 This module must not know how policies are trained.
 """
 
@@ -28,7 +28,7 @@ from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
 
 FORMAT = 1
-MAX_MEMBER_BYTES = 64 * 1024 * 1024
+MAX_BYTES = 64 * 1024 * 1024
 MEMBERS = ("manifest.json", "policy.onnx")
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -80,15 +80,10 @@ def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
     """Write a bundle; its digest, hexadecimal. The file appears whole or not at all."""
     data = manifest.model_dump(mode="json")
     digest = _digest(data, weights)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        # A fixed date makes equal bundles equal bytes.
-        text = json.dumps({**data, "digest": digest}, indent=1, sort_keys=True)
-        for name, member in zip(MEMBERS, (text.encode(), weights), strict=True):
-            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), member, zipfile.ZIP_DEFLATED)
+    text = json.dumps({**data, "digest": digest}, indent=1, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(buffer.getvalue())
+    part.write_bytes(_pack(text.encode(), weights))
     part.replace(path)
     return digest
 
@@ -100,15 +95,21 @@ def load_bundle(path: Path) -> PolicyBundle:
         BundleMismatch: when the file is missing, not a bundle, truncated, altered, or of another format or encoding.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = sorted(member.filename for member in archive.infolist())
-            if found != sorted(MEMBERS):
+        if path.stat().st_size > MAX_BYTES:
+            raise BundleMismatch(f"{path}: larger than any policy bundle")
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            found = [member.filename for member in archive.infolist()]
+            if sorted(found) != sorted(MEMBERS):
                 raise BundleMismatch(
                     f"{path}: not a policy bundle: expected the members {' and '.join(MEMBERS)}, found "
                     f"{', '.join(map(repr, found[:5])) or 'none'}{' and more' if len(found) > 5 else ''}"
                 )
-            manifest_text, weights = (_read_member(path, archive, name) for name in MEMBERS)
-            data = json.loads(manifest_text)
+            # Without compression nothing can unpack to more than the file holds.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise BundleMismatch(f"{path}: a member is compressed: not as Jevons writes a policy bundle")
+            text, weights = (archive.read(name) for name in MEMBERS)
+            data = json.loads(text)
     except FileNotFoundError:
         raise BundleMismatch(f"{path}: no such policy bundle") from None
     except BundleMismatch:
@@ -118,6 +119,8 @@ def load_bundle(path: Path) -> PolicyBundle:
     claimed = data.pop("digest", None) if isinstance(data, dict) else None
     if claimed is None or claimed != _digest(data, weights):
         raise BundleMismatch(f"{path}: the contents do not match their digest: truncated or altered")
+    if content != _pack(text, weights):
+        raise BundleMismatch(f"{path}: not byte for byte as Jevons writes a policy bundle: altered or packed again")
     if data.get("format") != FORMAT:  # first: another format has other fields
         raise BundleMismatch(f"{path}: bundle format {data.get('format')!r}, this version of Jevons reads {FORMAT}")
     try:
@@ -133,13 +136,15 @@ def load_bundle(path: Path) -> PolicyBundle:
     return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed), source=str(path))
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    with archive.open(name) as member:
-        # Not trusting the size that the archive claims: reading stops just beyond the limit.
-        content = member.read(MAX_MEMBER_BYTES + 1)
-    if len(content) > MAX_MEMBER_BYTES or archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
-        raise BundleMismatch(f"{path}: member {name} is larger than any policy")
-    return content
+def _pack(manifest: bytes, weights: bytes) -> bytes:
+    """The archive, the same bytes everywhere: no compression, a fixed date, a fixed system."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in zip(MEMBERS, (manifest, weights), strict=True):
+            member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            member.create_system = 3
+            archive.writestr(member, content, zipfile.ZIP_STORED)
+    return buffer.getvalue()
 
 
 def _digest(manifest: dict[str, Any], weights: bytes) -> str:

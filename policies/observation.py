@@ -11,7 +11,7 @@ import numpy as np
 
 from policies.columns import any_pool, known, least, most, total
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
-from policies.demand import Demand, RequestMix, estimate_demand
+from policies.demand import Demand, RequestMix, RunningContext, estimate_demand
 from policies.fleet import Fleet
 from policies.spec import WindowSpec
 
@@ -97,6 +97,7 @@ class ObservationBuilder:
         self.fleet = fleet
         self.window = window
         self._mix = RequestMix(n)
+        self._context = RunningContext(n)
         self._means = np.full((len(MEMORIES_S), n), np.nan)
         self._variance = np.zeros(n)
         self._peak = np.zeros(n)
@@ -113,6 +114,7 @@ class ObservationBuilder:
         """Forget the history of the masked services, of all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._mix.reset(rows)
+        self._context.reset(rows)
         self._means[:, rows] = np.nan
         for history in (self._variance, self._peak, self._misses, self._blind_streak):
             history[rows] = 0.0
@@ -127,9 +129,10 @@ class ObservationBuilder:
         """Encode one window. Must be called exactly once per tick and snapshot."""
         fleet = self.fleet
         self._mix.update(snapshot)
+        self._context.update(snapshot, fleet)
         # In a blind window the last known demand stands.
         blind = snapshot.blind()
-        new = np.stack([estimate.T for estimate in estimate_demand(snapshot, fleet, self._mix)])
+        new = np.stack([estimate.T for estimate in estimate_demand(snapshot, fleet, self._mix, self._context.tokens)])
         used = np.where(blind & ~np.isnan(self._demand), self._demand, new)
         self._demand = np.where(blind, self._demand, new)
         demand = Demand(*used.transpose(0, 2, 1))
@@ -158,6 +161,7 @@ class ObservationBuilder:
             if isinstance(history, np.ndarray):
                 history[..., rows] = getattr(fresh, name)
         self._mix.adopt(fresh._mix, rows)
+        self._context.adopt(fresh._context, rows)
         return observation
 
     def _remember(self, snapshot: Snapshot, demand: Floats, batch_limit: Floats) -> Floats:

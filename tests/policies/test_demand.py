@@ -10,7 +10,7 @@ from fakes import engine, fleet, missing, pool, snapshot, snapshots
 from hypothesis import given, settings
 
 from policies.contract import Snapshot
-from policies.demand import Demand, RequestMix, estimate_demand
+from policies.demand import Demand, RequestMix, RunningContext, estimate_demand
 from policies.engine import StepModel
 from policies.fleet import Fleet
 
@@ -226,3 +226,20 @@ def test_demand_is_finite_and_not_negative_whatever_is_seen(seen: Snapshot) -> N
         assert (estimate >= 0).all()
     assert (demand.batch_limit >= 1).all()
     assert (demand.batch_limit <= services.max_num_seqs).all()
+
+
+def test_context_of_running_requests_is_measured_not_guessed_from_finished_ones() -> None:
+    """A few long requests among many short ones fill the batch, though hardly any of the finished ones is long."""
+    memory, services = RunningContext(1), fleet(pool())
+    assert np.isnan(memory.tokens).all()
+    memory.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.5, replicas_ready=2.0), services)
+    measured = 0.5 * services.kv_capacity[0, 0] * 2.0 / 10.0
+    assert memory.tokens.tolist() == [pytest.approx(measured)]
+    memory.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=np.nan), services)
+    assert memory.tokens.tolist() == [pytest.approx(measured)]
+    mix = RequestMix(1)
+    mix.update(snapshot())
+    guessed = estimate_demand(snapshot(), services, mix)
+    known = estimate_demand(snapshot(), services, mix, memory.tokens)
+    assert known.tokens[0, 0] > guessed.tokens[0, 0]
+    assert known.batch_limit[0, 0] < guessed.batch_limit[0, 0]

@@ -70,8 +70,8 @@ def test_the_allowance_is_the_services_own() -> None:
 
 
 def test_it_stays_within_its_bounds() -> None:
-    assert after(budget(), 10 * WINDOWS_PER_HOUR, 1.0) == -1.5
-    assert after(budget(), 10 * WINDOWS_PER_HOUR, 0.0) == 1.5
+    assert after(budget(), 2 * WINDOWS_PER_HOUR, 1.0) == -1.5
+    assert after(budget(), 2 * WINDOWS_PER_HOUR, 0.0) == 1.5
     assert after(budget(span=0.0), 50, 0.0) == 0.0
 
 

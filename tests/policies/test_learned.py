@@ -92,9 +92,9 @@ def members_of(path: Path) -> dict[str, bytes]:
 
 
 def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in members:
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content)
 
 
 def refusal(path: Path) -> str:
@@ -133,21 +133,29 @@ def test_truncation_at_every_length_is_refused(bundle: Path) -> None:
         refusal(bundle)
 
 
-@pytest.mark.parametrize("mask", [0x01, 0xFF])
-def test_no_flipped_byte_changes_what_is_loaded(bundle: Path, mask: int) -> None:
-    whole, good = bundle.read_bytes(), load_bundle(bundle)
-    accepted = 0
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_a_flip_of_any_byte_is_refused(bundle: Path, mask: int) -> None:
+    whole = bundle.read_bytes()
     for index in range(len(whole)):
         bundle.write_bytes(whole[:index] + bytes([whole[index] ^ mask]) + whole[index + 1 :])
-        try:
-            loaded = load_bundle(bundle)
-        except BundleMismatch as error:
-            assert str(error).startswith(f"{bundle}: ")
-            continue
-        # Only the archive's own notes, such as dates and permissions, may differ.
-        accepted += 1
-        assert (loaded.manifest, loaded.weights, loaded.digest) == (good.manifest, good.weights, good.digest)
-    assert accepted < 100
+        refusal(bundle)
+    bundle.write_bytes(whole)
+    load_bundle(bundle)
+
+
+def test_added_bytes_are_refused(bundle: Path) -> None:
+    whole = bundle.read_bytes()
+    for content in (whole + b"\0", b"\0" + whole, whole + whole):
+        bundle.write_bytes(content)
+        refusal(bundle)
+
+
+def test_the_same_contents_packed_by_someone_else_are_refused(bundle: Path) -> None:
+    members = list(members_of(bundle).items())
+    pack(bundle, members)
+    load_bundle(bundle)
+    pack(bundle, members[::-1])
+    assert "byte for byte" in refusal(bundle)
 
 
 def test_bytes_cut_out_of_the_middle_are_refused(bundle: Path) -> None:
@@ -205,15 +213,8 @@ def test_a_manifest_that_is_no_mapping_is_refused(bundle: Path, text: bytes) -> 
     refusal(bundle)
 
 
-def test_a_member_that_unpacks_to_too_much_is_refused(bundle: Path) -> None:
-    with zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("manifest.json", b"{}")
-        archive.writestr("policy.onnx", bytes((64 << 20) + 1))
-    assert "larger than any policy" in refusal(bundle)
-
-
-def test_a_member_that_lies_about_its_size_is_refused_without_unpacking_all_of_it(bundle: Path) -> None:
-    size, claimed = 256 << 20, 10
+def test_a_compressed_member_is_refused_without_unpacking_it(bundle: Path) -> None:
+    size = 256 << 20
     with (
         zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("manifest.json", "w") as member,
@@ -222,19 +223,20 @@ def test_a_member_that_lies_about_its_size_is_refused_without_unpacking_all_of_i
             member.write(bytes(1 << 20))
     with zipfile.ZipFile(bundle, "a") as archive:
         archive.writestr("policy.onnx", b"")
-    content = bundle.read_bytes()
-    real = size.to_bytes(4, "little")
-    assert content.count(real) >= 1
-    bundle.write_bytes(content.replace(real, claimed.to_bytes(4, "little")))
-    with zipfile.ZipFile(bundle) as archive:
-        assert archive.getinfo("manifest.json").file_size == claimed
+    assert bundle.stat().st_size < size / 50
     tracemalloc.start()
     try:
-        refusal(bundle)
+        assert "compressed" in refusal(bundle)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < size / 1.5
+    assert peak < size / 10
+
+
+def test_a_huge_file_is_refused_without_reading_all_of_it(bundle: Path) -> None:
+    with bundle.open("r+b") as file:
+        file.truncate(1 << 40)  # sparse: nothing is written
+    assert "larger than any policy bundle" in refusal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_a_bundle_for_something_else_is_refused(bundle: Path, overrides: dict[st
 
 
 def test_another_format_is_named_even_with_other_fields(bundle: Path) -> None:
-    write_bundle(bundle, manifest().model_copy(update={"format": 2, "feature_low": "moved"}), b"weights")
+    write_bundle(bundle, manifest().model_copy(update={"format": 2, "feature_low": (0.0,)}), b"weights")
     assert "bundle format 2" in refusal(bundle)
 
 
@@ -347,8 +349,8 @@ def proposed(learned: LearnedPolicy, attained: float, windows: int) -> int:
 
 def test_misses_move_the_dial_up_to_the_trained_span_and_calm_moves_it_down() -> None:
     start = proposed(policy(dial_network(), log_miss_price_span=0.0), 1.0, 1)
-    calm = proposed(policy(dial_network()), 1.0, 2000)
-    burning = proposed(policy(dial_network()), 0.0, 2000)
+    calm = proposed(policy(dial_network()), 1.0, 300)
+    burning = proposed(policy(dial_network()), 0.0, 300)
     assert calm < start < burning
     for wish, dial in ((start, 3.0), (calm, 2.0), (burning, 4.0)):
         action = np.array([[0.5 * encode_miss_price(np.array(dial)), 0.0, 0.0]])
@@ -371,7 +373,7 @@ def test_the_dial_replaces_the_feature_and_leaves_the_observation_alone() -> Non
 def test_reset_returns_the_dial_of_the_masked_services_only() -> None:
     learned = policy(dial_network(), 2)
     burning = observation(snapshot(2, ttft_attainment=0.0), demand=4.0)
-    for _ in range(2000):
+    for _ in range(100):
         moved = learned.propose(burning).replicas
     learned.reset(np.array([True, False]))
     fresh = policy(dial_network(), 2).propose(burning).replicas

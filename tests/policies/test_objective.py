@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import engine, fleet, pool, spot
 
-from policies.objective import Cost, Objective, Usage, usd_per_mtok
+from policies.objective import Cost, Objective, Usage, attainment, usd_per_mtok
 from policies.spec import ObjectiveSpec
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -85,6 +85,24 @@ def test_costs_of_windows_add_up_to_the_cost_of_the_whole() -> None:
     between = usage(replica_s=60.0, finished=5.0, good=2.0, rejected=0.0, scale_events=1.0)
     whole, first, second = (objective.cost(span, np.array([0.1]), 15.0).total_usd for span in (late, early, between))
     assert first + second == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"finished": 10, "good": 10}, 1.0),
+        ({"finished": 10, "good": 7}, 0.7),
+        ({"finished": 7, "good": 7, "rejected": 3}, 0.7),
+        ({"finished": 7, "good": 7, "overdue": 3}, 0.7),
+        ({"arrivals": 20, "finished": 10, "good": 10}, 1.0),  # ten are still in time
+        ({"rejected": 1}, 0.0),
+        ({"overdue": 1}, 0.0),
+        ({"arrivals": 5}, np.nan),
+        ({}, np.nan),
+    ],
+)
+def test_attainment_counts_shed_and_overdue_requests_as_misses(counts: dict[str, Any], expected: float) -> None:
+    assert attainment(usage(**counts)).tolist() == pytest.approx([expected], nan_ok=True)
 
 
 def test_cost_per_million_tokens_is_unknown_where_none_were_served() -> None:

@@ -150,7 +150,7 @@ def test_twice_the_load_on_the_same_replicas_looks_different() -> None:
 def test_demand_is_compared_with_what_unlike_pools_can_do() -> None:
     """One slow replica, which does half the work, is worth half of a fast one."""
     services = fleet(pool(), pool(name="slow", engine=SLOW))
-    load: dict[str, Any] = {"generation_tps": 4000.0, "running": [[64.0, 0.0]]}
+    load: dict[str, Any] = {"generation_tps": 4000.0, "running": [[64.0, 0.0]], "kv_cache_usage": np.nan}
     fast = after(builder(services), snapshot(pools=2, replicas_ready=[[2.0, 0.0]], **load))
     mixed_seen = builder(services).observe(snapshot(pools=2, replicas_ready=[[1.0, 2.0]], **load))
     exchange = mixed_seen.demand[0, 0] / mixed_seen.demand[0, 1]
