@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format train bench constraints clean
+.PHONY: help install demo docs test check format train bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,11 @@ format: $(STAMP) ## Format the code and mend what ruff can mend.
 
 train: $(STAMP) ## Train a policy; ARGS goes to `jevons train`.
 	$(BIN)/jevons train $(ARGS)
+
+docs: demo ## Regenerate the tables of the README from a demo and a benchmark run.
+	@mkdir -p runs
+	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
+	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
 
 bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
 	$(BIN)/python -m tests.benchmarks $(ARGS)

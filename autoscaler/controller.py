@@ -14,7 +14,9 @@ import numpy as np
 
 from policies.contract import (
     BOOT_BINS,
+    LEAVE_ALONE,
     ActuationFailed,
+    Bools,
     Decision,
     MetricsUnavailable,
     Outcome,
@@ -42,7 +44,7 @@ class Actuator(Protocol):
     """What carries targets out."""
 
     def apply(self, target: Target) -> None:
-        """Carry out an absolute target; repeating it is harmless.
+        """Carry out an absolute target; repeating it is harmless. Services with `LEAVE_ALONE` counts are not touched.
 
         Raises:
             ActuationFailed: when it could not be carried out.
@@ -114,9 +116,10 @@ class Controller:
         """One whole decision: read, decide, record, act."""
         decision = self.decider.tick(self._read(), self.policy)
         self.recorder.record(decision)
-        if (decision.outcome != Outcome.HELD).any():
+        held = decision.outcome == Outcome.HELD
+        if not held.all():
             try:
-                self.actuator.apply(decision.settled)
+                self.actuator.apply(without(decision.settled, held))
             except ActuationFailed:
                 failed = np.full(len(decision.outcome), Outcome.HELD)
                 decision = replace(decision, outcome=failed, reasons=decision.reasons | Reason.ACTUATION_FAILED)
@@ -128,6 +131,11 @@ class Controller:
             return self.source.read()
         except MetricsUnavailable:
             return nothing_known(self.clock.now_s, self.interval_s, self.decider)
+
+
+def without(target: Target, held: Bools) -> Target:
+    """The target that leaves the services where `held` (n,) is True alone."""
+    return replace(target, replicas=np.where(held[:, np.newaxis], LEAVE_ALONE, target.replicas))
 
 
 def nothing_known(time_s: float, window_s: float, decider: Decider) -> Snapshot:

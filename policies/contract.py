@@ -74,6 +74,10 @@ class Snapshot:
         return plain
 
 
+LEAVE_ALONE = -1
+"""Replica count of a service that an actuator must not touch, such as one whose decision is held."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Target:
     """An absolute wish per pool. Absolute, so repeating a tick is harmless."""

@@ -59,7 +59,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Policies, comma-separated or repeated: learned, token-demand, hpa, static (all: all four), with "
-            "parameters as in hpa:target_share=0.6, a bundle file, or models:/NAME@ALIAS.  [default: all]",
+            "parameters as in hpa:target_share=0.6, a bundle file, or models:/NAME@ALIAS.  [default: the suite's]",
             show_default=False,
         ),
     ] = None,
@@ -75,8 +75,8 @@ def evaluate(
     from training.lineup import split_references
     from training.scenarios import load_suite
 
-    references = split_references(policy or ["all"])
     chosen = load_suite(suite)
+    references = split_references(policy or chosen.policies)
     if scenario:
         chosen = chosen.only(scenario)
     check_writable(json_file, report)
@@ -96,7 +96,7 @@ def demo(
 
     The baselines run beside it; the results go to report.html and summary.json.
     """
-    from training.lineup import ALL, SHIPPED_BUNDLE
+    from training.lineup import SHIPPED_BUNDLE, split_references
     from training.scenarios import load_suite
 
     suite = load_suite("demo")
@@ -104,7 +104,7 @@ def demo(
         cut = tuple(scenario.model_copy(update={"slice": QUICK_SLICE_S}) for scenario in suite.scenarios)
         suite = suite.model_copy(update={"scenarios": cut})
     out.mkdir(parents=True, exist_ok=True)
-    references = list(ALL)
+    references = split_references(suite.policies)
     if not SHIPPED_BUNDLE.is_file():
         references.remove("learned")
         say("note: no pretrained policy ships with this checkout; the demo shows the baselines only")

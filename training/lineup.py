@@ -26,7 +26,7 @@ from policies.spec import InterfaceSpec, ScalingSpec, shipped_configs
 
 ALL = ("learned", "token-demand", "hpa", "static")
 """What ``all`` stands for."""
-SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.onnx"
+SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.zip"
 Value = int | float | list[int]
 
 
@@ -143,7 +143,7 @@ def resolve(reference: str) -> Entry:
     if reference == "learned":
         if not SHIPPED_BUNDLE.is_file():
             raise ConfigError(
-                "no pretrained policy ships with this checkout (configs/policies/default.onnx is missing): "
+                "no pretrained policy ships with this checkout (configs/policies/default.zip is missing): "
                 "train one with `jevons train`, or name a bundle file"
             )
         return Entry(reference, "learned", {}, load_bundle(SHIPPED_BUNDLE))
@@ -151,7 +151,7 @@ def resolve(reference: str) -> Entry:
         from training.registry import resolve_bundle
 
         return Entry(reference, "learned", {}, load_bundle(resolve_bundle(reference)))
-    if reference.endswith(".onnx"):
+    if reference.endswith(".zip"):
         return Entry(reference, "learned", {}, load_bundle(Path(reference)))
     kind, *assignments = reference.split(":")
     if kind not in PARAMETERS:
@@ -235,6 +235,6 @@ def _parameters(reference: str, kind: str, assignments: list[str]) -> dict[str, 
 
 def _known() -> str:
     return (
-        f"{', '.join(ALL)} (all of them: all), a path to a bundle that ends in .onnx, "
+        f"{', '.join(ALL)} (all of them: all), a path to a bundle that ends in .zip, "
         "and models:/NAME@ALIAS or models:/NAME/VERSION"
     )

@@ -222,7 +222,8 @@ def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:
     model = PPO(
         "MlpPolicy",
         env,
-        learning_rate=lambda left: ppo.learning_rate * (0.1 + 0.9 * left),
+        # The last rollout may go beyond the end: what is left is never below 0.
+        learning_rate=lambda left: ppo.learning_rate * (0.1 + 0.9 * max(left, 0.0)),
         n_steps=ppo.steps_per_rollout,
         batch_size=ppo.batch_size,
         n_epochs=ppo.epochs,
@@ -286,8 +287,10 @@ def _log_start(client: Any, run_id: str, config: TrainConfig, bank: ScenarioBank
         "code_version": code_version(),
         **{f"ppo.{name}": value for name, value in config.ppo.model_dump().items()},
     }
+    known = client.get_run(run_id).data.params  # of a run that was cut off here; they cannot be changed
     for name, value in parameters.items():
-        client.log_param(run_id, name, value)
+        if name not in known:
+            client.log_param(run_id, name, value)
     client.log_dict(run_id, config.model_dump(mode="json"), "resolved_config.json")
     client.log_dict(run_id, {trace.name: trace.digest() for trace in bank.traces}, "trace_digests.json")
     client.log_dict(

@@ -220,7 +220,7 @@ def test_a_draining_replica_takes_nothing_new_and_is_billed_until_it_is_empty() 
     cluster = replay(pool(initial_replicas=2), trace=trace)
     cluster.wait_until(1.0)
     scale(cluster, 1)
-    cluster.wait_until(3.0)
+    cluster.wait_until(2.5)
     assert life(cluster) == [READY, DRAINING]
     assert cluster.arrays.replica["outstanding"][:2].tolist() == [3, 1]  # the last request, despite the load
     cluster.wait_until(20.0)

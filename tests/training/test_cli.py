@@ -86,7 +86,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_report(suite, tmp_path):
         (("--suite", "none.yaml"), "error: none.yaml: no such file"),
         (("--policy", "vpa"), "error: unknown policy 'vpa'"),
         (("--policy", ","), "error: no policy named"),
-        (("--policy", "none.onnx"), "none.onnx: no such policy bundle"),
+        (("--policy", "none.zip"), "none.zip: no such policy bundle"),
         (("--policy", "static", "--scenario", "night"), "has no scenario 'night'; it has: chat"),
         (("--policy", "static", "--json", "no/folder/out.json"), "the folder no/folder does not exist"),
     ],

@@ -251,15 +251,15 @@ def test_an_unknown_policy_or_parameter_is_one_sentence(reference, sentence):
 
 
 def test_a_missing_pretrained_policy_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(lineup, "SHIPPED_BUNDLE", tmp_path / "none.onnx")
+    monkeypatch.setattr(lineup, "SHIPPED_BUNDLE", tmp_path / "none.zip")
     with pytest.raises(ConfigError, match="no pretrained policy ships with this checkout"):
         lineup.resolve("learned")
 
 
 def test_a_file_that_is_no_bundle_is_refused(tmp_path):
-    (tmp_path / "x.onnx").write_bytes(b"not a bundle")
+    (tmp_path / "x.zip").write_bytes(b"not a bundle")
     with pytest.raises(BundleMismatch):
-        lineup.resolve(str(tmp_path / "x.onnx"))
+        lineup.resolve(str(tmp_path / "x.zip"))
 
 
 def test_parameters_reach_the_policies():
@@ -329,7 +329,7 @@ def bundle(tmp_path):
         log_miss_price_span=1.0,
         provenance={},
     )
-    path = tmp_path / "zero.onnx"
+    path = tmp_path / "zero.zip"
     write_bundle(path, manifest, model.SerializeToString())
     return path
 
@@ -345,6 +345,6 @@ def test_a_bundle_is_judged_like_any_policy_in_any_process(bundle):
 def test_a_bundle_for_another_interface_is_refused_before_anything_runs(bundle):
     slow = make(name="slow", control_interval_s=30, trace={"file": "never/read"})
     with pytest.raises(
-        BundleMismatch, match=r"scenario 'slow', policy '.*zero.onnx': .*trained for interface"
+        BundleMismatch, match=r"scenario 'slow', policy '.*zero.zip': .*trained for interface"
     ):
         evaluate(suite_of(slow), [str(bundle)])

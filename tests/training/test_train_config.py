@@ -104,5 +104,5 @@ def test_a_wrong_configuration_is_refused_by_file_and_field(tmp_path: Path, data
 
 
 def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
         load_train_config(tmp_path / "absent.yaml")

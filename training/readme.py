@@ -1,0 +1,72 @@
+"""Writes the tables of the README from a demo's summary and a benchmark's output: ``make docs``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH_ROWS = {
+    "simulator_requests_per_s_200000": ("Simulated requests per CPU-second, 8 replicas", "{:,.0f}"),
+    "simulator_requests_per_s_64_replicas": ("Simulated requests per CPU-second, 64 replicas", "{:,.0f}"),
+    "env_overhead_us_per_step_512": ("Environment step beside the kernel, 512 environments", "{:.1f} us"),
+    "env_steps_per_s_512": ("Environment steps per CPU-second, about 20 requests a step", "{:,.0f}"),
+    "ppo_steps_per_s_native": ("PPO.learn steps per CPU-second, native", "{:,.0f}"),
+    "ppo_native_over_dummy": ("the same over DummyVecEnv", "{:.1f}x"),
+    "ppo_env_share_of_time_native": ("share of that time in the environment", "{:.0%}"),
+    "decision_learned_p50_ms_n1": ("Learned decision, one service, median", "{:.2f} ms"),
+    "decision_learned_p50_ms_n1000": ("Learned decision, 1,000 services, median", "{:.2f} ms"),
+}
+
+
+def demo_table(summary: dict[str, Any]) -> str:
+    """Markdown table of a demo's averages over seeds."""
+    lines = [
+        "| policy | SLO met | $ / M tokens | $ / M good tokens | replica-hours | scale events per hour |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in summary["by_scenario"]:
+        mark = "" if row["holds_slo"] else " (misses)"
+        lines.append(
+            f"| {row['policy']} | {row['attainment']:.2%}{mark} | {row['usd_per_mtok']:.4f} "
+            f"| {row['usd_per_good_mtok']:.4f} | {row['replica_hours']:.0f} | {row['scale_events_per_hour']:.1f} |"
+        )
+    scenario = summary["scenarios"][0]
+    slo = scenario["slo"]
+    lines += [
+        "",
+        f"*{scenario['name']}*: {slo['attainment']:.0%} of arrivals within TTFT {slo['ttft_s']:g} s and "
+        f"TPOT {slo['tpot_s'] * 1000:g} ms. Written by `make docs`.",
+    ]
+    return "\n".join(lines)
+
+
+def bench_table(figures: dict[str, float]) -> str:
+    """Markdown table of the benchmark figures that the README shows."""
+    rows = [f"| {label} | {form.format(figures[name])} |" for name, (label, form) in BENCH_ROWS.items()]
+    return "\n".join(["| figure | |", "|---|---|", *rows, "", "One core of a shared two-core machine; `make docs`."])
+
+
+def replace_block(text: str, name: str, table: str) -> str:
+    """`text` with what stands between the markers of block `name` replaced.
+
+    Raises:
+        ValueError: when the markers are missing.
+    """
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"markers of block {name!r} are missing")
+    return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+
+
+def main(summary: Path, bench: Path, readme: Path) -> None:
+    """Replace both tables of `readme`."""
+    figures = {figure["name"]: figure["value"] for figure in map(json.loads, bench.read_text().splitlines())}
+    text = replace_block(readme.read_text(), "demo", demo_table(json.loads(summary.read_text())))
+    readme.write_text(replace_block(text, "bench", bench_table(figures)))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))
