@@ -214,6 +214,14 @@ class Episodes:
         reward = -self.spec.reward_scale * (terms["provisioned"] + terms["misses"] + terms["churn"])
         return reward, terms
 
+    def violating_share(self) -> float:
+        """Share of the episodes in their second half that have missed their attainment target so far; 0 of none."""
+        late = 2 * self._step > self._last_step
+        attained = attainment(self.cluster.usage())
+        judged = late & ~np.isnan(attained)
+        violating = judged & (attained < self.fleet.attainment_target)
+        return float(violating.sum() / max(int(judged.sum()), 1))
+
     @property
     def features(self) -> Features:
         """(n, F) of the current observation."""

@@ -160,7 +160,7 @@ class TrainingMonitor(BaseCallback):
         self._terms: dict[str, float] = {}
         self._windows = 0
         self._missed = 0.0
-        self._allowed = 0.0
+        self._violating = 0.0
         self._started_s = time.perf_counter() - state.seconds
         self._rollout_started_s = time.perf_counter()
         self._env_s = 0.0
@@ -197,7 +197,7 @@ class TrainingMonitor(BaseCallback):
             self._terms[name] = self._terms.get(name, 0.0) + float(env.terms[name].mean())
         self._windows += 1
         self._missed += float(env.terms["burn"].mean())
-        self._allowed += 1.0
+        self._violating += env.episodes.violating_share()
         self.on_progress(self.model.num_timesteps)
         return not self.stopped
 
@@ -207,18 +207,19 @@ class TrainingMonitor(BaseCallback):
         state.steps = model.num_timesteps
         state.seconds = time.perf_counter() - self._started_s
         self._remember_range(model.rollout_buffer.observations)  # type: ignore[attr-defined]
-        burn = self._missed / max(self._allowed, 1.0)
-        self._adapt_price(self.config.lagrange, burn)
+        violating = self._violating / self._windows
+        self._adapt_price(self.config.lagrange, violating)
         now_s = time.perf_counter()
         metrics = {f"train/{name}": value / self._windows for name, value in self._terms.items()}
         metrics |= {
-            "train/burn_rate": burn,
+            "train/burn_rate": self._missed / self._windows,
+            "train/violating_share": violating,
             "train/miss_price": float(np.exp(state.log_miss_price)),
             "train/env_time_share": (self.env.step_s - self._env_s) / (now_s - self._rollout_started_s),
             "train/steps_per_second": self._windows * self.env.num_envs / (now_s - self._rollout_started_s),
         }
         self._env_s, self._rollout_started_s = self.env.step_s, now_s
-        self._terms, self._windows, self._missed, self._allowed = {}, 0, 0.0, 0.0
+        self._terms, self._windows, self._missed, self._violating = {}, 0, 0.0, 0.0
         self.log(metrics, state.steps)
 
     def _on_training_end(self) -> None:
@@ -281,10 +282,11 @@ class TrainingMonitor(BaseCallback):
             high = np.maximum(high, state.feature_high)
         state.feature_low, state.feature_high = low.tolist(), high.tolist()
 
-    def _adapt_price(self, spec: LagrangeSpec, burn: float) -> None:
-        """Gradient ascent on the multiplier: up when misses burn more than their allowance, down when less."""
+    def _adapt_price(self, spec: LagrangeSpec, violating: float) -> None:
+        """Ascent on the multiplier: up while more episodes than allowed violate their target, down while fewer."""
         if spec.enabled:
             low, high = np.log(spec.limits)
-            moved = self.state.log_miss_price + spec.rate * (burn - 1.0)
+            push = np.clip(violating / spec.violating_share - 1.0, -1.0, 1.0)
+            moved = self.state.log_miss_price + spec.rate * push
             self.state.log_miss_price = float(np.clip(moved, low, high))
             self.env.episodes.log_miss_price = self.state.log_miss_price

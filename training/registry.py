@@ -20,7 +20,7 @@ from training.tracking import connect
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-BUNDLE_FILE = "policy.onnx"
+BUNDLE_FILE = "policy.zip"
 EVALUATION_FILE = "evaluation.json"
 BOOTSTRAP_DRAWS = 4000
 MIN_PAIRS = 3

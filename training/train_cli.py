@@ -107,7 +107,7 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished seed, such as runs/train/seed-0.")],
-    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")] = Path("policy.onnx"),
+    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")] = Path("policy.zip"),
 ) -> None:
     """Export a trained policy to a bundle and check that it answers like Stable-Baselines3's predict."""
     from training.export import export as export_run

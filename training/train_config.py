@@ -45,6 +45,10 @@ class LagrangeSpec(StrictModel):
 
     enabled: bool = Field(default=True, description="Adapt the price of a miss; else it stays at its start.")
     rate: Positive = Field(default=0.05, description="Change of the log price per rollout and unit of violation.")
+    violating_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.2,
+        description="Share of episodes that may violate their target: some random worlds cannot be held by anyone.",
+    )
     limits: tuple[Positive, Positive] = Field(default=(1.0, 400.0), description="Lowest and highest price.")
 
     @model_validator(mode="after")

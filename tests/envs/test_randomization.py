@@ -168,5 +168,5 @@ def test_a_bad_range_is_refused_in_one_sentence_that_names_it(field: str, value:
 
 def test_an_unknown_engine_is_refused_with_the_names_there_are() -> None:
     unknown = RANGES.model_copy(update={"engines": ("gpt-17",)})
-    with pytest.raises(ConfigError, match="no engine profile named 'gpt-17'; shipped profiles: .*llama-3.1-8b-h100"):
+    with pytest.raises(ConfigError, match=r"no engine profile named 'gpt-17'; shipped profiles: .*llama-3\.1-8b-h100"):
         draw_bank(unknown, InterfaceSpec(), GuardrailSpec(), ObjectiveSpec(), 0)

@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_files(store: Store, lea
     assert files == {
         "config.yaml",
         "best.zip",
-        "policy.onnx",
+        "policy.zip",
         "state.json",
         "resolved_config.json",
         "trace_digests.json",
@@ -213,7 +213,7 @@ def test_the_run_can_be_registered_as_challenger(store: Store, learned: TrainedP
 
 def test_nothing_but_the_results_is_left_in_the_folder(learned: TrainedPolicy) -> None:
     names = {path.name for path in learned.folder.iterdir()}
-    assert names == {"best.zip", "config.yaml", learned.state.checkpoint, "policy.onnx", "state.json"}
+    assert names == {"best.zip", "config.yaml", learned.state.checkpoint, "policy.zip", "state.json"}
 
 
 def test_the_same_seed_learns_the_same_and_the_better_seed_wins(store: Store, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def mark(model: PPO, value: float) -> None:
 
 
 def marked(path: Path) -> float:
-    return float(PPO.load(path, device="cpu").policy.action_net.bias[0])
+    return float(PPO.load(path, device="cpu").policy.action_net.bias[0].item())
 
 
 def replay(model: PPO, folder: Path) -> RunState:
@@ -446,7 +446,7 @@ def replay(model: PPO, folder: Path) -> RunState:
 
 
 @pytest.fixture
-def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the n-th change of the folder from now on fail, and all after it."""
     left = [10**9]
 
@@ -466,7 +466,7 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     def after(changes: int) -> None:
         left[0] = changes
 
-    yield after
+    return after
 
 
 def test_a_crash_between_any_two_writes_leaves_a_state_with_its_own_networks(

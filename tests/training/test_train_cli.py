@@ -112,10 +112,10 @@ def test_train_registers_a_challenger_that_can_be_exported_again(uri: str, tmp_p
     assert load_bundle(resolve_bundle("models:/tiny@challenger", uri)).digest == bundle.digest
     assert not (tmp_path / "runs").exists()  # another store was named
 
-    exported = jevons("export", "run/seed-3", "--out", "again.onnx")
+    exported = jevons("export", "run/seed-3", "--out", "again.zip")
     assert exported.exit_code == 0, exported.output
     assert bundle.digest[:16] in exported.stdout
-    assert load_bundle(tmp_path / "again.onnx").digest == bundle.digest
+    assert load_bundle(tmp_path / "again.zip").digest == bundle.digest
 
     again = jevons("train", "--config", str(recipe), "--out", "run", "--tracking-uri", uri, "--seed", "3", "--resume")
     assert again.exit_code == 0, again.output
@@ -184,7 +184,7 @@ def test_wrong_options_are_usage_errors(words: tuple[str, ...]) -> None:
 
 def test_export_of_something_else_is_refused(tmp_path: Path) -> None:
     refused(jevons("export", str(tmp_path)), "no finished training run here")
-    refused(jevons("export", str(tmp_path), "--out", "absent/policy.onnx"), "the folder absent does not exist")
+    refused(jevons("export", str(tmp_path), "--out", "absent/policy.zip"), "the folder absent does not exist")
 
 
 def test_promote_says_why_not_and_exits_with_1(uri: str, tmp_path: Path) -> None:
