@@ -29,6 +29,8 @@ def _folder() -> Path:
     folder = Path(root) / "jevons" / f"kernels-{digest.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="jevons-kernels-"))
     return folder

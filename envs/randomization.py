@@ -35,7 +35,8 @@ from policies.spec import (
     shipped_configs,
 )
 
-Range = Annotated[tuple[float, float], Field(description="Lowest and highest value.")]
+Range = tuple[Positive, Positive]
+"""Lowest and highest value."""
 PROBE_S = 1200.0
 """Length of the trace that a profile's mean lengths are read from."""
 

@@ -344,7 +344,5 @@ def test_a_bundle_is_judged_like_any_policy_in_any_process(bundle):
 
 def test_a_bundle_for_another_interface_is_refused_before_anything_runs(bundle):
     slow = make(name="slow", control_interval_s=30, trace={"file": "never/read"})
-    with pytest.raises(
-        BundleMismatch, match=r"scenario 'slow', policy '.*zero.zip': .*trained for interface"
-    ):
+    with pytest.raises(BundleMismatch, match=r"scenario 'slow', policy '.*zero.zip': .*trained for interface"):
         evaluate(suite_of(slow), [str(bundle)])
