@@ -31,9 +31,17 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     cap = observation.batch_limit * spec.batch_cap_span ** action[:, 1][:, np.newaxis]
     spot_share = np.clip(spec.spot_share_reference + spec.spot_share_span * action[:, 2], 0.0, 1.0)
     return Target(
-        replicas=allocate(observation.demand, headroom, spot_share, fleet),
+        replicas=allocate(sustained_demand(observation), headroom, spot_share, fleet),
         batch_cap=np.clip(np.rint(cap), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs).astype(np.int64),
     )
+
+
+def sustained_demand(observation: Observation) -> Floats:
+    """What headroom multiplies: the larger of the last window's demand and its five-minute mean, (n, P).
+
+    Replicas take minutes to start, so the lull between two bursts is no reason to give them back.
+    """
+    return np.maximum(observation.demand, observation.demand_mean)
 
 
 def reference_batch_cap(observation: Observation, fleet: Fleet) -> npt.NDArray[np.int64]:

@@ -99,6 +99,7 @@ class Observation:
     demand_tokens: Floats  # (n, P) replicas of pool p that the measured token rates and the backlog need
     demand_occupancy: Floats  # (n, P) replicas of pool p that the requests in the system need
     demand: Floats  # (n, P) the larger of both over the short window
+    demand_mean: Floats  # (n, P) its mean over about five minutes
     batch_limit: Floats  # (n, P) largest batch that meets the TPOT objective and fits the KV cache
 
 

@@ -108,6 +108,7 @@ class ObservationBuilder:
         self._since_up_s = np.full(n, 1e6)
         self._since_down_s = np.full(n, 1e6)
         self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known; services last
+        self._demand_mean = np.full((fleet.pools, n), np.nan)
         self._static = _static_features(fleet)
 
     def reset(self, services: Bools | None = None) -> None:
@@ -120,6 +121,7 @@ class ObservationBuilder:
             history[rows] = 0.0
         self._latency[:, rows] = 0.0
         self._demand[..., rows] = np.nan
+        self._demand_mean[:, rows] = np.nan
         self._static = _static_features(self.fleet)
         self._last_target[rows] = np.nan
         self._since_up_s[rows] = 1e6
@@ -137,6 +139,9 @@ class ObservationBuilder:
         self._demand = np.where(blind, self._demand, new)
         demand = Demand(*used.transpose(0, 2, 1))
         larger = np.maximum(demand.tokens, demand.occupancy)
+        share = 1.0 - np.exp(-known(snapshot.window_s) / MEMORIES_S[1])
+        moved = self._demand_mean + share * (larger.T - self._demand_mean)
+        self._demand_mean = np.where(np.isnan(moved), larger.T, moved)
         history = self._remember(snapshot, larger, demand.batch_limit)
         features = self._encode(snapshot, demand.tokens, demand.occupancy, demand.batch_limit, history)
         return Observation(
@@ -145,6 +150,7 @@ class ObservationBuilder:
             demand_tokens=demand.tokens,
             demand_occupancy=demand.occupancy,
             demand=larger,
+            demand_mean=self._demand_mean.T,
             batch_limit=demand.batch_limit,
         )
 

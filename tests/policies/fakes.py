@@ -135,6 +135,7 @@ def observation(seen: Snapshot, demand: npt.ArrayLike = 1.0, batch_limit: npt.Ar
         demand_tokens=wanted,
         demand_occupancy=wanted.copy(),
         demand=wanted.copy(),
+        demand_mean=wanted.copy(),
         batch_limit=limit,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ def test_zero_outputs_are_the_reference_rule() -> None:
     assert zero.replicas.dtype == zero.batch_cap.dtype == np.int64
 
 
-@pytest.mark.parametrize(("output", "replicas"), [(-1.0, 3), (0.0, 6), (1.0, 13)])
+@pytest.mark.parametrize(("output", "replicas"), [(-1.0, 2), (0.0, 6), (1.0, 16)])
 def test_headroom_spans_its_factor_both_ways(output: float, replicas: int) -> None:
-    assert decode(fleet(), headroom=output).replicas.tolist() == [[replicas]]  # 1.3 * 2.5 ** output * 4
+    assert decode(fleet(), headroom=output).replicas.tolist() == [[replicas]]  # 1.3 * 3 ** output * 4
 
 
 @pytest.mark.parametrize(("output", "cap"), [(-1.0, 16), (0.0, 32), (1.0, 64)])
@@ -211,3 +212,11 @@ def test_each_service_is_allocated_as_if_alone(seed: int) -> None:
             getattr(alone, name)[:] = getattr(services, name)[row : row + 1, :width]
         at = slice(row, row + 1)
         assert allocate(demand[at, :width], headroom[at], share[at], alone).tolist() == together[at, :width].tolist()
+
+
+def test_headroom_multiplies_what_the_last_five_minutes_needed_through_a_lull() -> None:
+    lull = dataclasses.replace(observation(snapshot(), 2.0), demand_mean=np.array([[8.0]]))
+    burst = dataclasses.replace(observation(snapshot(), 8.0), demand_mean=np.array([[2.0]]))
+    services = fleet(pool(max_replicas=100))
+    for seen in (lull, burst):
+        assert decode_action(np.zeros((1, 3)), seen, services, SPEC).replicas.tolist() == [[11]]  # 1.3 * 8

@@ -40,7 +40,7 @@ def observed(services: Fleet, ticks: int, seed: int = 0, missing_share: float = 
 
 def row_of(seen: Observation, row: int, pools: int) -> Observation:
     at = slice(row, row + 1)
-    pool_arrays = ("demand_tokens", "demand_occupancy", "demand", "batch_limit")
+    pool_arrays = ("demand_tokens", "demand_occupancy", "demand", "demand_mean", "batch_limit")
     return Observation(
         snapshot=rows_of(seen.snapshot, row, pools),
         features=seen.features[at],
