@@ -8,6 +8,7 @@ This module must not know about rewards or policies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,6 +77,28 @@ def pack_pools(specs: Sequence[ScalingSpec], pools: int) -> Records:
     return records
 
 
+class Reading(NamedTuple):
+    """Measurements at one time, by column: services are many, columns few. Never changed in place."""
+
+    read_s: Floats  # (n,)
+    services: Floats  # (SERVICE_COLUMNS, n)
+    pools: Floats  # (POOL_COLUMNS, P, n)
+
+    @classmethod
+    def of(cls, read_s: Floats, services: Floats, pools: Floats) -> Reading:
+        """From the kernel's arrays: (n,), (n, SERVICE_COLUMNS) and (n, P, POOL_COLUMNS)."""
+        return cls(read_s.copy(), services.T.copy(), pools.transpose(2, 1, 0).copy())
+
+    def patched(self, services: Ints, other: Reading) -> Reading:
+        """This reading with the listed services (k,) as in `other`."""
+        if len(services) == len(self.read_s):
+            return other
+        patched = Reading(*(array.copy() for array in self))
+        for array, new in zip(patched, other, strict=True):
+            array[..., services] = new[..., services]
+        return patched
+
+
 class SimulatedCluster:
     """`n` services in lock-step memory; each has its own clock, trace rows and random numbers.
 
@@ -136,10 +159,8 @@ class SimulatedCluster:
         self._everything = np.arange(n)
         self._services = np.zeros((n, len(SERVICE_COLUMNS)))
         self._pools = np.zeros((n, pools, len(POOL_COLUMNS)))
-        self._before = self._services.copy()
-        self._pools_before = self._pools.copy()
         self._read_s = np.zeros(n)
-        self._read_before_s = np.zeros(n)
+        self._latest = self._previous = Reading.of(self._read_s, self._services, self._pools)
         self._kv_capacity = np.ones((n, pools), order="F")
 
     @classmethod
@@ -181,7 +202,7 @@ class SimulatedCluster:
 
     def __len__(self) -> int:
         """Number of services."""
-        return len(self._services)
+        return len(self._everything)
 
     def begin(
         self,
@@ -219,11 +240,10 @@ class SimulatedCluster:
         )
         self._kv_capacity[services] = np.maximum(pool_records["kv_capacity"], 1)
         self._services[services] = 0.0
-        self._before[services] = 0.0
         self._pools[services] = 0.0
-        self._pools_before[services] = 0.0
         self._read_s[services] = 0.0
-        self._read_before_s[services] = 0.0
+        self._latest = Reading.of(self._read_s, self._services, self._pools)
+        self._previous = self._previous.patched(services, self._latest)
 
     # Clock
 
@@ -242,39 +262,35 @@ class SimulatedCluster:
         self._run_to(act_s, self._everything if services is None else services)
 
     def _run_to(self, act_s: Floats, services: Ints) -> None:
+        self._previous = self._previous.patched(services, self._latest)
         now_s = self.arrays.service["now_s"]
-        for before, latest in (
-            (self._before, self._services),
-            (self._pools_before, self._pools),
-            (self._read_before_s, self._read_s),
-        ):
-            before[services] = latest[services]
         self._read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, now_s)[services]
         fleet_step.run_windows(self.arrays, services, self._read_s, act_s, self._services, self._pools)
+        self._latest = Reading.of(self._read_s, self._services, self._pools)
 
     # Metrics source
 
     def read(self) -> Snapshot:
         """What a metrics system would report now: the window that ended one metrics delay ago."""
-        now, before = self._services, self._before
-        pools = self._pools
-        span_s = np.maximum(self._read_s - self._read_before_s, 1e-9)
-        delta = now - before
+        latest, previous = self._latest, self._previous
+        span_s = np.maximum(latest.read_s - previous.read_s, 1e-9)
+        delta = latest.services - previous.services
 
         def rate(name: str) -> Floats:
-            return delta[:, S[name]] / span_s
+            per_second: Floats = delta[S[name]] / span_s
+            return per_second
 
         def mean(name: str, per: str) -> Floats:
-            count = delta[:, S[per]]
-            return np.where(count > 0, delta[:, S[name]] / np.maximum(count, 1.0), np.nan)
+            count = delta[S[per]]
+            return np.where(count > 0, delta[S[name]] / np.maximum(count, 1.0), np.nan)
 
         def pool(name: str) -> Floats:
-            # Pool by pool in memory: services are many, pools few.
-            return pools[:, :, P[name]].copy(order="F")
+            column: Floats = latest.pools[P[name]].T
+            return column
 
         ready = pool("replicas_ready")
         return Snapshot(
-            time_s=self._read_s.copy(),
+            time_s=latest.read_s,
             window_s=span_s,
             arrival_rps=rate("arrived"),
             prompt_tps=rate("arrived_prompt_tokens"),
@@ -283,15 +299,15 @@ class SimulatedCluster:
             finished_rps=rate("finished"),
             prompt_tokens_mean=mean("finished_prompt_tokens", "finished"),
             output_tokens_mean=mean("finished_output_tokens", "finished"),
-            queue_requests=now[:, S["queued"]].copy(),
-            oldest_wait_s=now[:, S["oldest_wait_s"]].copy(),
+            queue_requests=latest.services[S["queued"]],
+            oldest_wait_s=latest.services[S["oldest_wait_s"]],
             ttft_attainment=mean("ttft_ok", "first_tokens"),
             tpot_attainment=mean("tpot_ok", "finished"),
             replicas_target=pool("replicas_target"),
             replicas_starting=pool("replicas_starting"),
             replicas_ready=ready,
             replicas_draining=pool("replicas_draining"),
-            boot_pipeline=pools[:, :, P["boot_soon"] : P["boot_soon"] + BOOT_BINS].copy(),
+            boot_pipeline=latest.pools[P["boot_soon"] : P["boot_soon"] + BOOT_BINS].transpose(2, 1, 0),
             running=pool("running"),
             waiting=pool("waiting"),
             kv_cache_usage=pool("kv_used_tokens") / (np.maximum(ready, 1.0) * self._kv_capacity),
@@ -300,43 +316,45 @@ class SimulatedCluster:
 
     def usage(self) -> Usage:
         """Cumulative usage since the start of the episode, as of the last measurement."""
-        return self._usage_of(self._services.copy(), self._pools.copy(), self._read_s.copy())
+        return _usage(self._latest, self._latest.services[S["overdue"]])
 
     def window_usage(self) -> Usage:
         """Usage in the last window; `overdue` is the level at its end."""
-        return self._usage_of(
-            self._services - self._before,
-            self._pools - self._pools_before,
-            self._read_s - self._read_before_s,
-            overdue=self._services[:, S["overdue"]],
+        latest, previous = self._latest, self._previous
+        window = Reading(
+            latest.read_s - previous.read_s, latest.services - previous.services, latest.pools - previous.pools
         )
-
-    def _usage_of(self, services: Floats, pools: Floats, read_s: Floats, overdue: Floats | None = None) -> Usage:
-        return Usage(
-            span_s=read_s,
-            arrivals=services[:, S["arrived"]],
-            rejected=services[:, S["rejected"]],
-            finished=services[:, S["finished"]],
-            ttft_ok=services[:, S["ttft_ok"]],
-            tpot_ok=services[:, S["tpot_ok"]],
-            good=services[:, S["good"]],
-            overdue=services[:, S["overdue"]] if overdue is None else overdue,
-            prompt_tokens=services[:, S["finished_prompt_tokens"]],
-            output_tokens=services[:, S["finished_output_tokens"]],
-            good_tokens=services[:, S["good_tokens"]],
-            scale_events=services[:, S["scale_ups"]] + services[:, S["scale_downs"]],
-            replica_s=pools[:, :, P["billed_replica_s"]],
-            node_s=pools[:, :, P["billed_node_s"]],
-            ready_s=pools[:, :, P["ready_s"]],
-            busy_s=pools[:, :, P["busy_s"]],
-        )
+        return _usage(window, latest.services[S["overdue"]])
 
     def counter(self, name: str) -> Floats:
         """(n,) a cumulative service counter or level by its name in `envs.fleet_step.SERVICE_COLUMNS`."""
-        return self._services[:, S[name]].copy()
+        column: Floats = self._latest.services[S[name]]
+        return column
 
     # Actuator
 
     def apply(self, target: Target) -> None:
         """Carry out an absolute target now."""
         fleet_step.apply_all(self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap))
+
+
+def _usage(reading: Reading, overdue: Floats) -> Usage:
+    services, pools = reading.services, reading.pools
+    return Usage(
+        span_s=reading.read_s,
+        arrivals=services[S["arrived"]],
+        rejected=services[S["rejected"]],
+        finished=services[S["finished"]],
+        ttft_ok=services[S["ttft_ok"]],
+        tpot_ok=services[S["tpot_ok"]],
+        good=services[S["good"]],
+        overdue=overdue,
+        prompt_tokens=services[S["finished_prompt_tokens"]],
+        output_tokens=services[S["finished_output_tokens"]],
+        good_tokens=services[S["good_tokens"]],
+        scale_events=services[S["scale_ups"]] + services[S["scale_downs"]],
+        replica_s=pools[P["billed_replica_s"]].T,
+        node_s=pools[P["billed_node_s"]].T,
+        ready_s=pools[P["ready_s"]].T,
+        busy_s=pools[P["busy_s"]].T,
+    )

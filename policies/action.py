@@ -72,7 +72,7 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     # Spot first with its share; on-demand gets the rest with what spot could not take; what is left spills back.
     added, left = _fill(np.zeros_like(whole), whole, room, spot_ranked, share)
     added, left = _fill(added, whole, room, on_demand_ranked, 1.0 - share + left)
-    if fleet.pools > 1:
+    if fleet.pools > 1 and (left > 0.0).any():
         added, _ = _fill(added, whole, room, spot_ranked, left)
     flat = np.empty(n * fleet.pools, np.int64)
     flat[ranks] = added
