@@ -53,7 +53,7 @@ def root(
 @one_sentence_errors
 def evaluate(
     suite: Annotated[
-        str, typer.Option(help="Suite: a YAML file, or the name of a shipped one (demo, smoke).")
+        str, typer.Option(help="Suite: a YAML file, or the name of a shipped one (demo, gate, smoke).")
     ] = "smoke",
     policy: Annotated[
         list[str] | None,

@@ -81,7 +81,7 @@ class TrainConfig(StrictModel):
     train_share: Share = Field(default=0.7, description="First share of every trace's time, for training.")
     suite: str | None = Field(default=None, description="Suite whose traces and pools are trained on as well.")
     suite_copies: int = Field(default=8, ge=1, description="Weight of each of its scenarios.")
-    evaluation_suite: str | None = Field(default="smoke", description="Suite that the finished policy is judged on.")
+    evaluation_suite: str | None = Field(default="gate", description="Suite that the finished policy is judged on.")
     tracking_uri: str | None = Field(default=None, description="MLflow server; embedded store when unset.")
     checkpoint_every_steps: int = Field(default=200_000, ge=1, description="Environment steps between checkpoints.")
     worlds: Randomization = Field(default=Randomization(), description="Randomised worlds.")
