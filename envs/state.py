@@ -104,7 +104,6 @@ POOL = np.dtype(
         ("billed_node_s", "f8"),  # of nodes that are gone
         ("ready_s", "f8"),  # replica-seconds ready or draining, of replicas that are gone
         ("busy_s", "f8"),  # of replicas that are gone
-        ("busy_now_s", "f8"),  # seconds that its engines ran; all replicas, as of the last measurement
         ("generated_tokens", "i8"),
         ("reclaims", "i8"),
     ],

@@ -332,7 +332,8 @@ def _styled(figure: go.Figure, height: int) -> go.Figure:
 
 
 def _embed(figure: go.Figure) -> str:
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    config = {"displayModeBar": False, "responsive": True}
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
     return text
 
 
