@@ -142,8 +142,8 @@ class ObservationBuilder:
         share = 1.0 - np.exp(-known(snapshot.window_s) / MEMORIES_S[1])
         moved = self._demand_mean + share * (larger.T - self._demand_mean)
         self._demand_mean = np.where(np.isnan(moved), larger.T, moved)
-        history = self._remember(snapshot, larger, demand.batch_limit)
-        features = self._encode(snapshot, demand.tokens, demand.occupancy, demand.batch_limit, history)
+        self._remember(snapshot, larger[:, 0], blind)
+        features = self._encode(snapshot, demand, larger)
         return Observation(
             snapshot=snapshot,
             features=features,
@@ -170,11 +170,9 @@ class ObservationBuilder:
         self._context.adopt(fresh._context, rows)
         return observation
 
-    def _remember(self, snapshot: Snapshot, demand: Floats, batch_limit: Floats) -> Floats:
-        """Update the memories; the demand in units of the service's first pool, (n,)."""
-        first = demand[:, 0]
+    def _remember(self, snapshot: Snapshot, first: Floats, blind: Bools) -> None:
+        """Update the memories; `first` (n,) is the demand in replicas of each service's first pool."""
         interval_s = known(snapshot.window_s)
-        blind = snapshot.blind()
         self._blind_streak = np.where(blind, self._blind_streak + 1.0, 0.0)
         for row, memory_s in enumerate(MEMORIES_S):
             old = self._means[row]
@@ -199,18 +197,16 @@ class ObservationBuilder:
         self._since_up_s = np.where(up, 0.0, self._since_up_s + interval_s)
         self._since_down_s = np.where(down, 0.0, self._since_down_s + interval_s)
         self._last_target = np.where(np.isnan(wanted), self._last_target, wanted)
-        return first
 
-    def _encode(
-        self, snapshot: Snapshot, tokens: Floats, occupancy: Floats, batch_limit: Floats, first: Floats
-    ) -> Features:
+    def _encode(self, snapshot: Snapshot, demand: Demand, needs: Floats) -> Features:
+        tokens, occupancy, batch_limit = demand
+        first = needs[:, 0]
         fleet = self.fleet
         ready = known(snapshot.replicas_ready)
         starting = known(snapshot.replicas_starting)
         provisioned = total(ready + starting)
         base = np.maximum(provisioned, 0.5)
         # The same in replicas of the first pool, the unit of the demand.
-        needs = np.maximum(tokens, occupancy)
         worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 1e-6)
         capacity = np.maximum(total((ready + starting) * worth), 0.5)
         maximum = np.maximum(total(fleet.max_replicas), 1)
