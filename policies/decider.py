@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.columns import any_pool, known, least, total
+from policies.columns import any_pool, least, total
 from policies.contract import Bools, Decision, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
@@ -35,12 +35,14 @@ class Decider:
         )  # -1: not known yet, taken from the snapshot
         self._batch_cap = np.ones((n, fleet.pools), np.int64, order="F")
         self._changed_s = np.full(n, -np.inf)
+        self._strangers = True  # whether any target in force is unknown
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._builder.reset(rows)
         self._replicas[rows] = -1
+        self._strangers = True
         self._batch_cap[rows] = 1
         self._changed_s[rows] = -np.inf
 
@@ -59,21 +61,25 @@ class Decider:
     def settle(self, proposed: Target, observation: Observation) -> tuple[Target, Ints]:
         """Apply the guardrails and remember the result as the target in force; also the (n,) reason flags."""
         snapshot = observation.snapshot
-        unknown = least(self._replicas) < 0
         situation = Situation(
             observation=observation,
             fleet=self.fleet,
             spec=self.guardrails,
-            current=np.maximum(self._replicas, 0),
+            current=np.maximum(self._replicas, 0) if self._strangers else self._replicas,
             current_cap=self._batch_cap,
             quiet_s=snapshot.time_s - self._changed_s,
         )
         settled, reasons = settle(proposed, situation)
         moved = total(settled.replicas) != total(situation.current)
-        self._changed_s = np.where(moved & ~unknown, snapshot.time_s, self._changed_s)
-        # Copies: a later reset must not reach into decisions already made. What is unknown stays so.
-        self._replicas = np.where(unknown[:, np.newaxis], -1, settled.replicas)
-        self._batch_cap = settled.batch_cap.copy()
+        # Copies: a later reset must not reach into decisions already made.
+        replicas = settled.replicas.copy(order="F")
+        if self._strangers:  # what is unknown stays so
+            unknown = least(self._replicas) < 0
+            moved &= ~unknown
+            replicas[unknown] = -1
+        self._changed_s = np.where(moved, snapshot.time_s, self._changed_s)
+        self._replicas = replicas
+        self._batch_cap = settled.batch_cap.copy(order="F")
         return settled, reasons
 
     def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
@@ -85,7 +91,7 @@ class Decider:
         differs = (settled.replicas != replicas) | (settled.batch_cap != batch_cap)
         moved = any_pool(differs & self.fleet.exists)
         known = least(replicas) >= 0
-        still = np.where(snapshot.blind(), Outcome.HELD, Outcome.UNCHANGED)
+        still = np.where(observation.blind, Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
 
@@ -94,11 +100,12 @@ class Decider:
 
         An unknown target is what runs or starts, an unknown cap the engine's own; without replica counts, wait.
         """
+        if not self._strangers:
+            return
         running = snapshot.replicas_ready + snapshot.replicas_starting
         target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
         new = (least(self._replicas) < 0) & ~any_pool(np.isnan(target))
-        if new.any():
-            rows = new[:, np.newaxis]
-            cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
-            self._replicas = np.where(rows, known(target), self._replicas).astype(np.int64)
-            self._batch_cap = np.where(rows, cap, self._batch_cap).astype(np.int64)
+        cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
+        self._replicas[new] = target[new].astype(np.int64)
+        self._batch_cap[new] = cap[new].astype(np.int64)
+        self._strangers = bool((self._replicas < 0).any())
