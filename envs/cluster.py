@@ -83,10 +83,10 @@ class Reading(NamedTuple):
     read_s: Floats  # (n,)
     services: Floats  # (SERVICE_COLUMNS, n)
     pools: Floats  # (POOL_COLUMNS, P, n)
-    histograms: Ints  # (TTFT bins then TPOT bins, n), or (0, n)
+    histograms: Floats  # (TTFT bins then TPOT bins, n), or (0, n)
 
     @classmethod
-    def of(cls, read_s: Floats, services: Floats, pools: Floats, histograms: Ints) -> Reading:
+    def of(cls, read_s: Floats, services: Floats, pools: Floats, histograms: Floats) -> Reading:
         """From the kernel's arrays: (n,), (n, SERVICE_COLUMNS), (n, P, POOL_COLUMNS) and (n, bins)."""
         return cls(read_s.copy(), services.T.copy(), pools.transpose(2, 1, 0).copy(), histograms.T.copy())
 
@@ -165,7 +165,7 @@ class SimulatedCluster:
         self._everything = np.arange(n)
         self._services = np.zeros((n, len(SERVICE_COLUMNS)))
         self._pools = np.zeros((n, pools, len(POOL_COLUMNS)))
-        self._histograms = np.zeros((n, bins), np.int64)
+        self._histograms = np.zeros((n, bins))
         self._read_s = np.zeros(n)
         self._latest = self._previous = self._reading()
         self._kv_capacity = np.ones((n, pools), order="F")
