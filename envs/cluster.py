@@ -27,7 +27,7 @@ from envs.state import (
     Records,
 )
 from envs.traces import Trace
-from policies.contract import Floats, Ints, Snapshot, Target
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Ints, Snapshot, Target
 from policies.objective import Usage
 from policies.spec import PoolSpec, ScalingSpec, WindowSpec
 
@@ -87,6 +87,7 @@ class Reading(NamedTuple):
     read_s: Floats  # (n,)
     services: Floats  # (SERVICE_COLUMNS, n)
     pools: Floats  # (POOL_COLUMNS, P, n)
+    histograms: Floats  # (TTFT bins then TPOT bins, n), or (0, n)
 
     def renewed(self, services: Ints) -> Reading:
         """A copy in which the listed services (k,) are to be written; they are 0 until then."""
@@ -117,7 +118,8 @@ class SimulatedCluster:
         rows: replica rows per service, see `pool_rows`.
         slots: requests that one replica may hold: the largest `max_num_seqs`.
         window: control interval and metrics delay.
-        record: keep first-token and finish times per trace row (each row must then belong to one service only).
+        record: keep first-token and finish times per trace row (each row must then belong to one service only), and
+            report latency histograms; training needs neither.
 
     Raises:
         ValueError: when a service needs more than 4,096 slots per replica.
@@ -138,6 +140,7 @@ class SimulatedCluster:
         self.library = library
         self.window = window
         requests = len(library.arrival_s) if record else 0
+        bins = len(TTFT_EDGES_S) + len(TPOT_EDGES_S) + 2 if record else 0
         ring = rows * slots  # every replica may be reclaimed with every slot taken
         self.arrays = ClusterArrays(
             pools=pools,
@@ -163,10 +166,16 @@ class SimulatedCluster:
             first_token_s=np.full(requests, np.nan),
             finish_s=np.full(requests, np.nan),
             served_by=np.full(requests, -1, np.int16),
+            ttft_edges_s=np.array(TTFT_EDGES_S),
+            tpot_edges_s=np.array(TPOT_EDGES_S),
+            histograms=np.zeros((n, bins), np.int64),
         )
         self._everything = np.arange(n)
         self._latest = self._previous = Reading(
-            np.zeros(n), np.zeros((len(SERVICE_COLUMNS), n)), np.zeros((len(POOL_COLUMNS), pools, n))
+            np.zeros(n),
+            np.zeros((len(SERVICE_COLUMNS), n)),
+            np.zeros((len(POOL_COLUMNS), pools, n)),
+            np.zeros((bins, n)),
         )
         self._moved: Floats | None = None  # service columns of the window, once asked for
         self._kv_capacity = np.ones((n, pools), order="F")
@@ -269,9 +278,9 @@ class SimulatedCluster:
     def _run_to(self, act_s: Floats, services: Ints) -> None:
         self._previous = self._previous.patched(services, self._latest)
         self._latest = self._latest.renewed(services)
-        read_s, columns, pools = self._latest
+        read_s, *columns = self._latest
         read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, self.arrays.service["now_s"])[services]
-        fleet_step.run_windows(self.arrays, services, read_s, act_s, columns, pools)
+        fleet_step.run_windows(self.arrays, services, read_s, act_s, *columns)
         self._moved = None
 
     def _window(self) -> Floats:
@@ -294,6 +303,8 @@ class SimulatedCluster:
             column: Floats = latest.pools[P[name]].T
             return column
 
+        per_bin = ((latest.histograms - self._previous.histograms) / span_s).T
+        ttft_bins = min(len(TTFT_EDGES_S) + 1, per_bin.shape[1])
         ready = pool("replicas_ready")
         return Snapshot(
             time_s=latest.read_s,
@@ -309,6 +320,8 @@ class SimulatedCluster:
             oldest_wait_s=latest.services[S["oldest_wait_s"]],
             ttft_attainment=means[2],
             tpot_attainment=means[3],
+            ttft_histogram_rps=per_bin[:, :ttft_bins],
+            tpot_histogram_rps=per_bin[:, ttft_bins:],
             replicas_target=pool("replicas_target"),
             replicas_starting=pool("replicas_starting"),
             replicas_ready=ready,

@@ -61,6 +61,6 @@ def most(values: Array) -> Array:
 
 
 def between(values: Array, low: Any, high: Any) -> Array:
-    """`values` within bounds: `np.clip` without its wrappers, which cost more than the work on some hundred services."""
+    """`values` within bounds: `np.clip` without its wrappers, which cost more than the work itself."""
     result: Array = np.minimum(np.maximum(values, low), high)
     return result
