@@ -28,7 +28,8 @@ def page() -> str:
 
 def _section(module: ModuleType) -> list[str]:
     title, _, rest = inspect.getdoc(module).partition("\n")  # type: ignore[union-attr]
-    return ["", f"### {_markdown(title).rstrip('.')}", "", _markdown(rest.strip())]
+    told = ["", _markdown(rest.strip())] if rest.strip() else []
+    return ["", f"### {_markdown(title).rstrip('.')}", *told]
 
 
 def _about(policy: type[TunablePolicy]) -> str:

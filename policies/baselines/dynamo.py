@@ -60,7 +60,7 @@ class Replica:
 
     def __init__(self, service: Service, fleet: Fleet) -> None:
         ready = np.nan_to_num(service.snapshot.replicas_ready)
-        weight = np.where(total(ready)[:, np.newaxis] > 0, ready, fleet.exists)
+        weight = np.where(total(ready)[:, np.newaxis] >= 0.5, ready, fleet.exists)
         weight = weight / np.maximum(total(weight), 1e-9)[:, np.newaxis]
         self.a, self.b, self.c, self.d = (total(weight * each) for each in (fleet.a, fleet.b, fleet.c, fleet.d))
         self.max_num_seqs = total(weight * fleet.max_num_seqs)
