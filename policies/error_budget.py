@@ -14,6 +14,8 @@ from policies.fleet import Fleet
 
 AIM = 0.5
 """Share of the allowance that may be spent: what is left absorbs the next burst."""
+PATIENCE = 0.2
+"""Share of the fastest rise that is left while an earlier one has not taken effect."""
 
 
 class ErrorBudget:
@@ -65,7 +67,8 @@ class ErrorBudget:
 
         Args:
             snapshot: the window.
-            patient: (n,) where an earlier rise has not taken effect yet: the dial rises no faster than it may fall.
+            patient: (n,) where an earlier rise has not taken effect yet: the dial rises a fifth as fast at most, so
+                that the misses of one cold start don't drive it to its limit.
             stuck: (n,) where a rise could change nothing: the dial does not rise, so that it need not come down later.
         """
         attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
@@ -87,7 +90,7 @@ class ErrorBudget:
         burn = self._missed / np.maximum(self._missed_s, 1e-9) / np.maximum(allowed_rps, 1e-12)
         push = np.clip(burn - AIM, -AIM, self.most)
         if patient is not None:
-            push = np.where(patient, np.minimum(push, AIM), push)
+            push = np.where(patient, np.minimum(push, PATIENCE * self.most), push)
         if stuck is not None:
             push = np.where(stuck, np.minimum(push, 0.0), push)
         moved = self.dial + self.rise * push * seconds / 3600.0

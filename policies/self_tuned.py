@@ -35,7 +35,7 @@ DEMANDS = ("demand_tokens", "demand_occupancy", "demand", "demand_mean")
 class SelfTunedPolicy:
     """A policy whose headroom an error budget moves, from 0.5 to 3.
 
-    The headroom's logarithm falls by at most 0.2 an hour and rises by up to 8 an hour; no faster than it falls while
+    The headroom's logarithm falls by at most 0.2 an hour and rises by up to 8 an hour; by up to 1.6 while
     replicas are starting, and not at all where every pool is at its maximum.
 
     Args:
