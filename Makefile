@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs test check format train bench constraints clean
+.PHONY: help install demo docs peers test check format train bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,9 @@ docs: demo ## Regenerate the tables of the README from a demo and a benchmark ru
 	@mkdir -p runs
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
 	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
+
+peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
+	$(BIN)/python -m training.peers_page docs/peers.md
 
 bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
 	$(BIN)/python -m tests.benchmarks $(ARGS)
