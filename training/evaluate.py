@@ -12,29 +12,22 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from autoscaler.controller import Controller
-from envs.cluster import SimulatedCluster
-from envs.traces import Trace
-from policies.decider import Decider
+from policies.contract import Policy
 from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch
-from policies.objective import Usage
-from policies.spec import ScalingSpec
 from training.console import end_on_ctrl_c
 from training.lineup import Entry, build, resolve, starting_spec
+from training.replay import World
 from training.scenarios import Scenario, Suite
 from training.scores import AVERAGED, Bill, Score, judge, score
 from training.timeline import FIRST, Timeline, TimelineRecorder
 
-DRAIN_S = 600.0
-"""Requests in service at the end of the trace get at least this time to finish, seconds."""
-DRAIN_STEP_S = 60.0
 BOOTSTRAP_RESAMPLES = 2000
 INTERVALS = ("attainment", "usd", "usd_per_mtok", "usd_per_good_mtok")
 """Columns that get a bootstrap interval over seeds."""
@@ -156,68 +149,37 @@ def run_cell(scenario: Scenario, entry: Entry) -> Cell:
     started_s = time.perf_counter()
     spec = starting_spec(entry, scenario.spec)
     traces = [scenario.requests(seed) for seed in scenario.seeds]
-    n = len(traces)
-    interval_s = scenario.control_interval_s
-    horizon_s = max(interval_s, *(trace.duration_s for trace in traces))
-    cluster = SimulatedCluster.replay([spec] * n, traces, scenario.seeds)
-    fleet = Fleet.from_specs([spec] * n)
-    bill = Bill(spec, cluster.arrays.pools)
+    world = World([spec] * len(traces), traces, scenario.seeds)
+    policy = build(entry, world.fleet, spec.interface)
+    return score_cell(world, policy, scenario, entry.reference, started_s)
+
+
+def score_cell(world: World, policy: Policy, scenario: Scenario, name: str, started_s: float) -> Cell:
+    """Replay a world whose services are the seeds of a scenario, and score them under the name `name`."""
+    spec = world.specs[0]
+    bill = Bill(spec, world.cluster.arrays.pools)
     recorder = TimelineRecorder(
-        tuple(pool.label for pool in spec.pools), spent_usd=lambda: bill.total_usd(cluster.usage(), FIRST)
+        tuple(pool.label for pool in spec.pools), spent_usd=lambda: bill.total_usd(world.cluster.usage(), FIRST)
     )
-    controller = Controller(
-        decider=Decider(fleet, spec.interface.window, spec.guardrails),
-        policy=build(entry, fleet, spec.interface),
-        source=cluster,
-        actuator=cluster,
-        clock=cluster,
-        recorder=recorder,
-        interval_s=interval_s,
-    )
-    controller.run(until_s=horizon_s)
-    usage, preemptions = read_horizon(cluster, horizon_s)
-    drain(cluster, horizon_s, spec, traces)
+    replay = world.run(policy, recorder)
     timeline = recorder.timeline()
-    first = cluster.library.first
-    wall_s = (time.perf_counter() - started_s) / n
+    wall_s = (time.perf_counter() - started_s) / len(world.traces)
     scores = []
-    for row, (trace, seed) in enumerate(zip(traces, scenario.seeds, strict=True)):
-        own = slice(first[row], first[row + 1])
-        finish_s = cluster.arrays.finish_s[own]
-        verdicts = judge(trace.arrival_s, cluster.arrays.first_token_s[own], finish_s, trace.output_tokens, spec.slo)
-        label = (scenario.name, entry.reference, seed)
-        scored = score(spec, trace, usage, row, verdicts, finish_s, int(preemptions[row]), horizon_s, label)
+    for row, (trace, seed) in enumerate(zip(world.traces, scenario.seeds, strict=True)):
+        scored = score(
+            spec,
+            trace,
+            replay.usage,
+            row,
+            replay.verdicts(row),
+            replay.finish_s(row),
+            int(replay.preemptions[row]),
+            replay.horizon_s,
+            (scenario.name, name, seed),
+        )
         ticks = timeline.reason_counts() if row == 0 else {}
         scores.append(replace(scored, wall_s=wall_s, guardrail_ticks=ticks))
-    return Cell(tuple(scores), timeline, tuple(trace.digest() for trace in traces))
-
-
-def read_horizon(cluster: SimulatedCluster, horizon_s: float) -> tuple[Usage, np.ndarray]:
-    """Cumulative usage and (n,) preemptions exactly at the horizon.
-
-    The cluster measures one metrics delay before the time that it is run to, so it is run that much further.
-    """
-    cluster.wait_until(max(horizon_s + cluster.window.metrics_delay_s, cluster.now_s))
-    usage = cluster.usage()
-    # The cluster's readings are views of arrays that the next window overwrites.
-    copied = Usage(**{item.name: getattr(usage, item.name).copy() for item in fields(usage)})
-    return copied, cluster.counter("preemptions")
-
-
-def drain(cluster: SimulatedCluster, horizon_s: float, spec: ScalingSpec, traces: Sequence[Trace]) -> None:
-    """Keep the clock running, without decisions, until every request is served or can only be a miss.
-
-    A request that arrived at the horizon and meets both objectives is done after the TTFT objective and its output at
-    the pace of the TPOT objective; what is unfinished then has missed.
-    """
-    longest = max(int(trace.output_tokens.max()) for trace in traces)
-    limit_s = horizon_s + max(DRAIN_S, spec.slo.ttft_s + spec.slo.tpot_s * longest)
-    expected = np.array([len(trace) for trace in traces])
-    while cluster.now_s < limit_s:
-        usage = cluster.usage()
-        if (usage.finished + usage.rejected >= expected).all():
-            break
-        cluster.wait_until(min(cluster.now_s + DRAIN_STEP_S, limit_s))
+    return Cell(tuple(scores), timeline, tuple(trace.digest() for trace in world.traces))
 
 
 def _run_all(work: Sequence[tuple[Scenario, Entry]], jobs: int) -> Iterator[tuple[int, Cell]]:
