@@ -107,7 +107,7 @@ class Bench:
 
 
 def batch_caps(spec: ScalingSpec, trace: Trace) -> list[Ints]:
-    """Constant caps to try, each (P,): the engines' own, and the batch that the TPOT objective allows for the mean mix."""
+    """Constant caps to try, each (P,): the engines' own, what the TPOT objective allows, and seven tenths of that."""
     own = np.array([pool.engine.max_num_seqs for pool in spec.pools])
     fleet = Fleet.from_specs([spec])
     output = max(float(trace.output_tokens.mean()), 1.0)
@@ -177,9 +177,11 @@ def cheapest_path(need: Ints, low: int, high: int, boot_intervals: float, initia
         rising = best - boot_intervals * sizes
         below = np.where(rising == np.minimum.accumulate(rising), places, 0)
         below = np.maximum.accumulate(below)
-        above = len(sizes) - 1 - np.maximum.accumulate(
-            np.where(best[::-1] == np.minimum.accumulate(best[::-1]), places, 0)
-        )[::-1]
+        above = (
+            len(sizes)
+            - 1
+            - np.maximum.accumulate(np.where(best[::-1] == np.minimum.accumulate(best[::-1]), places, 0))[::-1]
+        )
         up, down = rising[below] + boot_intervals * sizes, best[above]
         came_from[index] = np.where(down <= up, above, below)
         best = np.minimum(up, down) + sizes
@@ -209,9 +211,7 @@ def first_plans(bench: Bench) -> list[Timetable]:
         demand = demand_of(spec, bench.trace, cap, bench.interval_s, bench.ticks + 1)
         for split in splits:
             for headroom in HEADROOMS:
-                columns = [
-                    _pool_plan(bench, pool, demand[:, pool] * split[pool] * headroom) for pool in range(pools)
-                ]
+                columns = [_pool_plan(bench, pool, demand[:, pool] * split[pool] * headroom) for pool in range(pools)]
                 plans.append(Timetable(np.stack(columns, axis=1), cap))
     return plans
 
@@ -265,7 +265,7 @@ def repaired(bench: Bench, trial: Trial, add: int) -> Timetable:
 def best_static(bench: Bench) -> Trial:
     """The cheapest constant fleet that holds the SLO; the one with the highest attainment where none does.
 
-    Pools after the first are tried at every size; the size of the first is searched, since more replicas serve no worse.
+    Pools after the first are tried at every size; the first one's is searched, since more replicas serve no worse.
     """
     others = itertools.product(*(range(low, high + 1) for low, high in zip(bench.low[1:], bench.high[1:], strict=True)))
     lanes = list(itertools.product(batch_caps(bench.spec, bench.trace), others))

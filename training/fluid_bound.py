@@ -184,8 +184,8 @@ def _bins(trace: Trace, work: Work, spec: ScalingSpec, interval_s: float, interv
         return found
 
     return _Bins(
-        prefill_s=np.bincount(place, work.prefill_s, len(used)),
-        decode_s=np.bincount(place, work.decode_s, len(used)),
+        prefill_s=np.bincount(place, work.prefill_s, len(used)).astype(np.float64),
+        decode_s=np.bincount(place, work.decode_s, len(used)).astype(np.float64),
         largest_prefill_s=largest(work.prefill_s),
         largest_decode_s=largest(work.decode_s),
         arrives=used // (2 * WORK_BINS),

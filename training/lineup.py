@@ -9,13 +9,14 @@ This module must not know what a policy is judged on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from policies.baselines.hpa import HpaPolicy
+from policies.baselines.parameters import SPOT_SHARE, Parameter, Setting
 from policies.baselines.static import StaticPolicy
 from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Policy
@@ -238,3 +239,32 @@ def _known() -> str:
         f"{', '.join(ALL)} (all of them: all), a path to a bundle that ends in .zip, "
         "and models:/NAME@ALIAS or models:/NAME/VERSION"
     )
+
+
+_TUNABLE = {
+    "hpa": (
+        Parameter("target_share", 0.5, 0.01, 1.0, log=True, most=1.0),
+        Parameter("stabilization_s", 300.0, 30.0, 1200.0, log=True),
+    ),
+    "token-demand": (Parameter("headroom", 1.5, 0.5, 4.0, log=True), SPOT_SHARE),
+}
+
+
+def tunable_parameters(reference: str) -> tuple[Parameter, ...]:
+    """What a tuner may set of a policy; nothing of one whose reference names parameters already, or has none."""
+    return _TUNABLE.get(reference, ())
+
+
+def reference_of(policy: str, settings: Mapping[str, Setting]) -> str:
+    """The reference of a policy with the given parameters."""
+    return ":".join([policy, *(f"{name}={value}" for name, value in settings.items())])
+
+
+def self_tuned(policy: str) -> str:
+    """The reference of a policy whose headroom follows the measured attainment at run time."""
+    return f"{policy}+self"
+
+
+def is_peer(reference: str) -> bool:
+    """True for an algorithm of another project."""
+    return reference.split(":")[0].split("+")[0] in {"hpa", "static"}

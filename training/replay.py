@@ -99,8 +99,8 @@ class Replay:
 
     def attainment(self) -> Floats:
         """(n,) share of arrivals that met both objectives."""
-        good: Floats = self.cluster.usage().good
-        return good / np.array([len(trace) for trace in self.traces])
+        share: Floats = self.cluster.usage().good / np.array([len(trace) for trace in self.traces])
+        return share
 
     def verdicts(self, row: int) -> Verdicts:
         """Every request of one service judged; the replay must have been recorded."""
@@ -168,9 +168,7 @@ def read_horizon(cluster: SimulatedCluster, horizon_s: float) -> tuple[Usage, Fl
     return copied, cluster.counter("preemptions").copy()
 
 
-def drain(
-    cluster: SimulatedCluster, horizon_s: float, specs: Sequence[ScalingSpec], traces: Sequence[Trace]
-) -> None:
+def drain(cluster: SimulatedCluster, horizon_s: float, specs: Sequence[ScalingSpec], traces: Sequence[Trace]) -> None:
     """Keep the clock running, without decisions, until every request is served or can only be a miss.
 
     A request that arrived at the horizon and meets both objectives is done after the TTFT objective and its output at

@@ -141,7 +141,9 @@ AVERAGED: tuple[str, ...] = tuple(
 
 def unscored(scenario: str, name: str, seed: int, trace: Trace, horizon_s: float) -> Score:
     """The row of what was computed and not run: figures that only a replay has are NaN or 0."""
-    blank = {item.name: float("nan") if item.type == "float" else 0 for item in fields(Score) if item.name in AVERAGED}
+    blank: dict[str, Any] = {
+        item.name: float("nan") if item.type == "float" else 0 for item in fields(Score) if item.name in AVERAGED
+    }
     return Score(
         **{**blank, "requests": len(trace), "horizon_s": horizon_s, "wall_s": 0.0},
         scenario=scenario,

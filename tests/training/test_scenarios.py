@@ -101,7 +101,7 @@ def test_overrides_reach_the_scaling_spec(tmp_path):
     ("fields", "sentence"),
     [
         ({"trace": {"file": "none.csv"}}, "scenario 'one': field trace.file: .*none.csv: no such file"),
-        ({"trace": {}}, "scenario 'one': field trace: .*expected either file or generator"),
+        ({"trace": {}}, "scenario 'one': field trace: .*expected one of file, rates and generator"),
         ({"trace": {"generator": {"profile": "chat", "duration_s": 60}}}, "field trace.generator.mean_rps: Field req"),
         ({"pools": [{**POOL, "engine": "gpt-9"}]}, "scenario 'one': field pools: no engine profile named 'gpt-9'"),
         ({"pools": [{**POOL, "max_replicas": 0}]}, "scenario 'one': field pools.0.max_replicas: .*greater"),
