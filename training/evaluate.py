@@ -18,8 +18,7 @@ from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch
 from training.cells import DEFAULT, Cell, Variant, label, run_work
-from training.lineup import Entry, build, reference_of, resolve, self_tuned
-from training.oracle import REFERENCES
+from training.lineup import REFERENCES, Entry, build, reference_of, resolve, self_tuned
 from training.result_cache import ResultCache
 from training.scenarios import Scenario, Suite, TraceSource
 from training.scores import AVERAGED, REFERENCE, Score

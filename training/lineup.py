@@ -26,7 +26,9 @@ from policies.learned import LearnedPolicy, PolicyBundle, load_bundle
 from policies.spec import InterfaceSpec, ScalingSpec, shipped_configs
 
 ALL = ("learned", "token-demand", "hpa", "static")
-"""What ``all`` stands for."""
+"""What ``all`` stands for, with the references."""
+REFERENCES = ("bound", "plan", "best-static")
+"""Rows of the table that no policy makes, see `training.oracle`."""
 SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.zip"
 Value = int | float | list[int]
 
@@ -128,7 +130,7 @@ def split_references(texts: Sequence[str]) -> list[str]:
         ConfigError: when there is none.
     """
     words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
-    references = [name for word in words for name in (ALL if word == "all" else (word,))]
+    references = [name for word in words for name in ((*ALL, *REFERENCES) if word == "all" else (word,))]
     if not references:
         raise ConfigError(f"no policy named; there are {_known()}")
     return list(dict.fromkeys(references))

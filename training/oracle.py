@@ -24,7 +24,6 @@ from training.scores import Score, unscored
 from training.timeline import Timeline
 from training.timetable import Timetable, TimetablePolicy, starting_at, unguarded
 
-REFERENCES = ("bound", "plan", "best-static")
 PLAN_REPLAYS = 400
 """Replays that the search for one plan may take, about."""
 WIDTH = 16

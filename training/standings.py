@@ -16,8 +16,7 @@ import numpy as np
 
 from training.cells import DEFAULT, label
 from training.evaluate import BOOTSTRAP_RESAMPLES, Evaluation
-from training.lineup import is_peer
-from training.oracle import REFERENCES
+from training.lineup import REFERENCES, is_peer
 from training.scores import REFERENCE
 
 FLAT_FIELDS = (

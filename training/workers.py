@@ -158,7 +158,8 @@ def _ray_cluster(address: str, jobs: int) -> Iterator[int]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"--ray-address {address}: {' '.join(str(error).split())[:200]}") from None
     try:
-        yield max(1, int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call])
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield max(1, int(resources.get("CPU", 1)))
     finally:
         if ours:
             ray.shutdown()
