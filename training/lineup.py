@@ -270,3 +270,8 @@ def self_tuned(policy: str) -> str:
 def is_peer(reference: str) -> bool:
     """True for an algorithm of another project."""
     return reference.split(":")[0].split("+")[0] in {"hpa", "static"}
+
+
+def is_rule(reference: str) -> bool:
+    """True for a reactive rule of our own."""
+    return reference.split(":")[0].split("+")[0] in {"token-demand"}

@@ -16,7 +16,7 @@ import numpy as np
 from autoscaler.controller import Controller, Recorder
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace
-from policies.contract import Bools, Decision, Floats, Observation, Policy, Target, take_rows
+from policies.contract import Bools, Decision, Floats, Observation, Policy, Snapshot, Target
 from policies.decider import Decider
 from policies.fleet import Fleet
 from policies.objective import Usage
@@ -62,14 +62,16 @@ class SideBySide:
         )
 
 
+_SNAPSHOT = tuple(item.name for item in fields(Snapshot))
+_ENCODED = tuple(item.name for item in fields(Observation) if item.name != "snapshot")
+
+
 def _only(observation: Observation, index: int) -> Observation:
-    rows = np.array([index])
-    own: dict[str, Any] = {
-        item.name: getattr(observation, item.name)[index : index + 1]
-        for item in fields(observation)
-        if item.name != "snapshot"
-    }
-    return Observation(snapshot=take_rows(observation.snapshot, rows), **own)
+    """The observation of one service alone: views, (1, ...)."""
+    own = slice(index, index + 1)
+    snapshot = observation.snapshot
+    encoded: dict[str, Any] = {name: getattr(observation, name)[own] for name in _ENCODED}
+    return Observation(snapshot=Snapshot(**{name: getattr(snapshot, name)[own] for name in _SNAPSHOT}), **encoded)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,38 +16,29 @@ from typing import Any
 from training.console import write_whole
 from training.scenarios import Scenario
 
-_SOURCES = ("policies", "envs", "autoscaler/controller.py", "training")
-_NOT_CODE_OF_RESULTS = {
-    "cli.py",
-    "console.py",
-    "report.py",
-    "report_plots.py",
-    "scoreboard.py",
-    "standings.py",
-    "what_if.py",
-    "judge_cli.py",
-    "readme.py",
-    "registry.py",
-    "tracking.py",
-    "monitor.py",
-    "train.py",
-    "train_cli.py",
-    "train_config.py",
-    "export.py",
-}
-"""Modules of `training` that cannot change what a replay finds."""
+_SOURCES = (
+    "policies",
+    "envs",
+    "autoscaler/controller.py",
+    "training/clairvoyant.py",
+    "training/lineup.py",
+    "training/replay.py",
+    "training/scores.py",
+    "training/timetable.py",
+    "training/tuning.py",
+)
+"""What a plan or a tuned setting depends on."""
 
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the sources that a replay's result depends on."""
+    """SHA-256 over the sources that a kept result depends on."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for name in _SOURCES:
         path = root / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            if not (name == "training" and file.name in _NOT_CODE_OF_RESULTS):
-                digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

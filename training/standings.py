@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training.cells import DEFAULT, label
+from training.cells import DEFAULT
 from training.evaluate import BOOTSTRAP_RESAMPLES, Evaluation
 from training.lineup import REFERENCES, is_peer
 from training.scores import REFERENCE
@@ -34,6 +34,7 @@ FLAT_FIELDS = (
     "cost_vs_best_peer",
 )
 RATIOS = ("cost_vs_plan", "cost_vs_bound", "cost_vs_best_peer")
+MODES = (DEFAULT, "train", "self", "hindsight")
 WITHOUT_FORESIGHT = (DEFAULT, "train", "self")
 
 
@@ -118,21 +119,20 @@ class Standing:
     cost_vs_bound: tuple[float, float, float] | None
     cost_vs_best_peer: tuple[float, float, float] | None
 
-    @property
-    def label(self) -> str:
-        """Policy and tuning."""
-        return label(self.policy, self.tuned)
 
+def standings_of(summary: Sequence[dict[str, Any]], scenarios: Sequence[dict[str, Any]], source: str) -> list[Standing]:
+    """Every policy over the scenarios of one source, those that hold most scenarios first, then by cost.
 
-def standings(evaluation: Evaluation, source: str) -> list[Standing]:
-    """Every policy over the scenarios of one source, those that hold most scenarios first, then by cost."""
+    Args:
+        summary: rows of `scenario_rows`.
+        scenarios: as an `Evaluation` describes them.
+        source: ``real`` or ``generated``.
+    """
     names = {
-        scenario["name"]
-        for scenario in evaluation.scenarios
-        if scenario["source"] == source and scenario["servable"] is not False
+        scenario["name"] for scenario in scenarios if scenario["source"] == source and scenario["servable"] is not False
     }
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in scenario_rows(evaluation):
+    for row in summary:
         if row["scenario"] in names:
             groups.setdefault((row["policy"], row["tuned"]), []).append(row)
     found = [

@@ -31,7 +31,7 @@ from training.workers import Workers
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 Part = Literal["train", "hindsight"]
 BATCH = 8
@@ -268,9 +268,7 @@ class _Search:
         assert ranges is not None, "asked after the end"
         ran = len(self._findings)
         seed = int.from_bytes(hashlib.sha256(f"{self._study.study_name} {ran}".encode()).digest()[:4], "big")
-        self._study.sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=BATCH, constant_liar=True, constraints_func=_shortfall
-        )
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=BATCH, constant_liar=True)
         if ran == 0:
             for settings in _spread(self._parameters, ranges):
                 self._study.enqueue_trial(settings)
@@ -289,7 +287,7 @@ class _Search:
         target = self.scenario.slo.attainment
         for trial, (attainment, usd) in zip(self._asked, found, strict=True):
             trial.set_user_attr("found", [attainment, usd])
-            trial.set_user_attr("shortfall", target - attainment)
+            trial.set_constraint("attainment", target - attainment)
             self._study.tell(trial, usd)
             self._findings.append(Finding(trial.user_attrs["settings"], attainment, usd))
 
@@ -358,11 +356,6 @@ class _Search:
         if holding:
             return min(holding, key=lambda item: item.usd)
         return max(findings, key=lambda item: (item.attainment, -item.usd))
-
-
-def _shortfall(trial: FrozenTrial) -> list[float]:
-    """Above 0 where the SLO was missed."""
-    return [float(trial.user_attrs.get("shortfall", 1.0))]
 
 
 def _spread(parameters: Sequence[Parameter], ranges: Sequence[tuple[float, float]]) -> list[dict[str, Setting]]:
