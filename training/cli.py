@@ -6,14 +6,13 @@ Only typer is imported at the top; everything heavy is imported inside the comma
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from envs import trace_cli
-from training import train_cli
+from training import train_cli, what_if_cli
 from training.console import (
     check_writable,
     one_sentence_errors,
@@ -21,6 +20,7 @@ from training.console import (
     say,
     show_evaluation,
     show_tunings,
+    write_json,
     write_whole,
 )
 
@@ -116,7 +116,7 @@ def evaluate(
     if json_file is not None:
         from training.standings import flat_rows
 
-        _write_json(json_file, flat_rows(evaluation))
+        write_json(json_file, flat_rows(evaluation))
     _write_results(evaluation, details, report)
 
 
@@ -169,7 +169,7 @@ def tune(
         found = search(questions, workers, ResultCache(cache), on_progress)
     show_tunings(found)
     if json_file is not None:
-        _write_json(json_file, [asdict(item) for item in found])
+        write_json(json_file, [asdict(item) for item in found])
 
 
 @app.command()
@@ -246,7 +246,7 @@ def simulate(
         write_whole(requests, replay.write_requests)
         say(f"wrote {requests}")
     if json_file is not None:
-        _write_json(json_file, summary)
+        write_json(json_file, summary)
 
 
 def _words(texts: list[str] | None) -> tuple[str, ...]:
@@ -283,18 +283,12 @@ def _evaluate(
 
 def _write_results(evaluation: Evaluation, json_file: Path | None, report: Path | None) -> None:
     if json_file is not None:
-        _write_json(json_file, evaluation.to_json())
+        write_json(json_file, evaluation.to_json())
     if report is not None:
         from training.report import write_report
 
         write_report(evaluation, report)
         say(f"wrote {report}")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    say(f"wrote {path}")
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
@@ -317,3 +311,4 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
+what_if_cli.register(app)

@@ -6,6 +6,7 @@ Only typer is imported at the top (rich alone takes a tenth of a second), so tha
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all, and say so.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    say(f"wrote {path}")
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -41,10 +41,10 @@ def page(details: Row) -> str:
 
 _HEAD = """# Scoreboard
 
-What every policy costs on the suite `{suite}` ({scenarios} scenarios), beside three references that nobody can run: the
-*fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved in the
-simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and counted.
-`make scoreboard` writes this page from a clean checkout.
+What every policy costs on the suite `{suite}` ({scenarios} scenarios), beside three references that nobody can run:
+the *fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved
+in the simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and
+counted. `make scoreboard` writes this page from a clean checkout.
 
 Policies appear as their projects ship them (*default*), tuned on other traffic of the same kind (*train*), these
 settings moved at run time by the measured attainment (*self*), and tuned on the very traffic that they are judged on
