@@ -12,48 +12,92 @@ import numpy as np
 from policies.contract import Bools, Floats, Snapshot
 from policies.fleet import Fleet
 
+AIM = 0.5
+"""Share of the allowance that may be spent: what is left absorbs the next burst."""
+
 
 class ErrorBudget:
     """An integrator per service on the burn rate: misses over allowed misses.
+
+    Where misses come in bursts, as they do, the mean burn rate settles at `AIM`: a burst of misses raises the dial by
+    about as much as the quiet after it lowers it. A short `memory_s` answers a burst while it lasts and forgets it when
+    it is over; what counts as allowed always follows the traffic of the last hour, so a miss at night is one miss.
 
     Args:
         fleet: attainment targets of the services.
         low: lowest offset of the dial.
         high: highest offset of the dial.
         memory_s: time constant of the miss rate, seconds.
-        rise: dial units per hour and unit of burn rate above half of the allowance. With the burn rate bounded, the
-            dial rises by up to twice this an hour and falls by up to half of it.
+        rise: dial units per hour and unit of burn rate above `AIM`.
+        most: largest burn rate above `AIM` that counts; the dial falls by at most `AIM` times `rise` an hour.
     """
 
-    def __init__(self, fleet: Fleet, low: float, high: float, memory_s: float = 3600.0, rise: float = 2.0) -> None:
+    TRAFFIC_MEMORY_S = 3600.0
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        low: float,
+        high: float,
+        memory_s: float = 3600.0,
+        rise: float = 2.0,
+        most: float = 2.0,
+    ) -> None:
         self.fleet = fleet
         self.low = low
         self.high = high
         self.memory_s = memory_s
         self.rise = rise
-        self.dial = np.zeros(len(fleet))
-        self._missed = np.zeros(len(fleet))
-        self._counted = np.zeros(len(fleet))
+        self.most = most
+        n = len(fleet)
+        self.dial = np.zeros(n)
+        self._missed, self._missed_s = np.zeros(n), np.zeros(n)
+        self._counted, self._counted_s = np.zeros(n), np.zeros(n)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = slice(None) if services is None else services
-        for array in (self.dial, self._missed, self._counted):
+        for array in (self.dial, self._missed, self._missed_s, self._counted, self._counted_s):
             array[rows] = 0.0
 
-    def update(self, snapshot: Snapshot) -> Floats:
-        """Account for one window; the dial (n,). Windows without a measurement change nothing."""
+    def update(self, snapshot: Snapshot, patient: Bools | None = None, stuck: Bools | None = None) -> Floats:
+        """Account for one window; the dial (n,). Windows without a measurement change nothing.
+
+        Args:
+            snapshot: the window.
+            patient: (n,) where an earlier rise has not taken effect yet: the dial rises no faster than it may fall.
+            stuck: (n,) where a rise could change nothing: the dial does not rise, so that it need not come down later.
+        """
         attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
+        seconds = np.nan_to_num(snapshot.window_s)
         count = np.nan_to_num(snapshot.finished_rps * snapshot.window_s)
+        # Nothing finishes and someone has waited too long: what arrives is missed, though nobody has counted it yet.
+        stalled = (snapshot.finished_rps == 0) & (snapshot.oldest_wait_s > self.fleet.ttft_slo_s)
+        attained = np.where(stalled, 0.0, attained)
+        count = np.where(stalled, np.nan_to_num(snapshot.arrival_rps * snapshot.window_s), count)
         known = ~np.isnan(attained) & (count > 0)
-        keep = np.exp(-snapshot.window_s / self.memory_s)
-        self._counted = np.where(known, keep * self._counted + count, self._counted)
-        missed = keep * self._missed + count * (1.0 - np.nan_to_num(attained, nan=1.0))
-        self._missed = np.where(known, missed, self._missed)
-        allowed = 1.0 - self.fleet.attainment_target
-        burn = self._missed / np.maximum(self._counted * allowed, 1e-9)
-        # Half of the allowance is the aim: what is left absorbs the next burst.
-        push = np.clip(burn - 0.5, -0.5, 2.0)
-        moved = self.dial + self.rise * push * snapshot.window_s / 3600.0
+        missed = count * (1.0 - np.nan_to_num(attained, nan=1.0))
+        self._missed, self._missed_s = self._remember(
+            self._missed, self._missed_s, missed, seconds, known, self.memory_s
+        )
+        self._counted, self._counted_s = self._remember(
+            self._counted, self._counted_s, count, seconds, known, self.TRAFFIC_MEMORY_S
+        )
+        allowed_rps = self._counted / np.maximum(self._counted_s, 1e-9) * (1.0 - self.fleet.attainment_target)
+        burn = self._missed / np.maximum(self._missed_s, 1e-9) / np.maximum(allowed_rps, 1e-12)
+        push = np.clip(burn - AIM, -AIM, self.most)
+        if patient is not None:
+            push = np.where(patient, np.minimum(push, AIM), push)
+        if stuck is not None:
+            push = np.where(stuck, np.minimum(push, 0.0), push)
+        moved = self.dial + self.rise * push * seconds / 3600.0
         self.dial = np.where(known, np.clip(moved, self.low, self.high), self.dial)
         return self.dial
+
+    @staticmethod
+    def _remember(
+        total: Floats, total_s: Floats, value: Floats, seconds: Floats, known: Bools, memory_s: float
+    ) -> tuple[Floats, Floats]:
+        """An exponential sum and the seconds that it stands for, where the window is known."""
+        keep = np.exp(-seconds / memory_s)
+        return np.where(known, keep * total + value, total), np.where(known, keep * total_s + seconds, total_s)

@@ -196,15 +196,19 @@ def _work(
     for scenario in suite.scenarios:
         for entry in entries:
             name = entry.reference
-            modes = [mode for mode in TUNED if mode in tuned] if parameters_for(name, scenario) else [DEFAULT]
-            for mode in modes:
-                if mode == DEFAULT:
+            moved = self_tuned(name)
+            tunable = bool(parameters_for(name, scenario))
+            for mode in TUNED:
+                if mode == DEFAULT and (mode in tuned or not tunable):
                     work.append((scenario, Variant(name, mode, entry)))
+                if mode == DEFAULT or mode not in tuned or (mode == "self" and moved == name):
                     continue
-                part: Part = "hindsight" if mode == "hindsight" else "train"
-                base = self_tuned(name) if mode == "self" else name
-                chosen = resolve(reference_of(base, settings[scenario.name, name, part]))
-                work.append((scenario, Variant(name, mode, chosen)))
+                if tunable:
+                    found = settings[scenario.name, name, "hindsight" if mode == "hindsight" else "train"]
+                    chosen = resolve(reference_of(moved if mode == "self" else name, found))
+                    work.append((scenario, Variant(name, mode, chosen)))
+                elif mode == "self":
+                    work.append((scenario, Variant(name, mode, resolve(moved))))
         if references:
             work.append((scenario, tuple(references)))
     return work

@@ -1,8 +1,8 @@
 """Policies by reference: the words of ``jevons evaluate --policy``.
 
-``static``, ``hpa`` and ``token-demand``, with parameters after colons (``hpa:target_share=0.6:tolerance=0.2``);
+The name of a baseline, with parameters after colons (``hpa:target_share=0.6:tolerance=0.2``), see ``docs/peers.md``;
 ``learned`` for the bundle that ships with Jevons; a path to a bundle; ``models:/NAME@ALIAS`` or ``models:/NAME/3`` for
-one in the model registry.
+one in the model registry. ``+self`` behind any of these lets an error budget move its headroom (``hpa+self``).
 This module must not know what a policy is judged on.
 """
 
@@ -15,87 +15,64 @@ from pathlib import Path
 
 import numpy as np
 
+from policies.baselines.aibrix import AibrixPolicy
+from policies.baselines.autothrottle import AutothrottlePolicy
+from policies.baselines.dynamo import DynamoLoadPolicy
+from policies.baselines.dynamo_throughput import DynamoThroughputPolicy
 from policies.baselines.hpa import HpaPolicy
-from policies.baselines.parameters import SPOT_SHARE, Parameter, Setting
+from policies.baselines.keda import KedaPolicy
+from policies.baselines.knative import KnativePolicy
+from policies.baselines.llm_d import LlmdInFlightPolicy, LlmdSloPolicy, LlmdTokensPolicy
+from policies.baselines.parameters import Parameter, Setting, TunablePolicy
+from policies.baselines.ray_serve import RayServePolicy
+from policies.baselines.reactive import ReactivePolicy
+from policies.baselines.skyserve import SkyServePolicy
 from policies.baselines.static import StaticPolicy
 from policies.baselines.token_demand import TokenDemandPolicy
+from policies.baselines.wva import WvaSaturationPolicy, WvaTokensPolicy
+from policies.baselines.wva_queueing import WvaQueueingPolicy
 from policies.contract import Policy
 from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, PolicyBundle, load_bundle
+from policies.self_tuned import SelfTunedPolicy
 from policies.spec import InterfaceSpec, ScalingSpec, shipped_configs
 
-ALL = ("learned", "token-demand", "hpa", "static")
-"""What ``all`` stands for, with the references."""
-REFERENCES = ("bound", "plan", "best-static")
-"""Rows of the table that no policy makes, see `training.oracle`."""
 SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.zip"
-Value = int | float | list[int]
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _counts(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split("/")]
-    if min(numbers) < 0:
-        raise ValueError
-    return numbers
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError
-    return number
-
-
-def _positive(text: str) -> float:
-    number = _not_negative(text)
-    if number == 0:
-        raise ValueError
-    return number
-
-
-def _share(text: str) -> float:
-    number = _not_negative(text)
-    if number > 1:
-        raise ValueError
-    return number
-
-
-def _positive_share(text: str) -> float:
-    return min(_positive(text), _share(text))
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    parse: Callable[[str], Value]
-    expected: str
-
-
-_COUNT = _Parameter(_count, "a whole number of at least 1")
-_POSITIVE = _Parameter(_positive, "a number above 0")
-_NOT_NEGATIVE = _Parameter(_not_negative, "a number of at least 0")
-_SHARE = _Parameter(_share, "a number from 0 to 1")
-PARAMETERS: dict[str, dict[str, _Parameter]] = {
-    "static": {
-        "replicas": _Parameter(_counts, "a number of replicas, or one per pool as in 4/2"),
-        "batch_cap": _COUNT,
-    },
-    "hpa": {
-        "target_share": _Parameter(_positive_share, "a number above 0, at most 1"),
-        "tolerance": _NOT_NEGATIVE,
-        "stabilization_s": _NOT_NEGATIVE,
-        "max_up_replicas": _COUNT,
-        "max_up_share": _NOT_NEGATIVE,
-    },
-    "token-demand": {"headroom": _POSITIVE, "spot_share": _SHARE, "memory_s": _POSITIVE},
+Value = Setting | list[int]
+BASELINES: dict[str, type[TunablePolicy]] = {
+    policy.name: policy
+    for policy in (
+        ReactivePolicy,
+        TokenDemandPolicy,
+        HpaPolicy,
+        KedaPolicy,
+        KnativePolicy,
+        RayServePolicy,
+        LlmdSloPolicy,
+        LlmdInFlightPolicy,
+        LlmdTokensPolicy,
+        WvaSaturationPolicy,
+        WvaTokensPolicy,
+        WvaQueueingPolicy,
+        DynamoLoadPolicy,
+        DynamoThroughputPolicy,
+        AibrixPolicy,
+        SkyServePolicy,
+        AutothrottlePolicy,
+        StaticPolicy,
+    )
 }
+"""Every policy that ships and is not learned, by name: our own rules first, then the peers."""
+OWN = (ReactivePolicy.name, TokenDemandPolicy.name)
+"""The baselines that no other project wrote."""
+ALL = ("learned", *BASELINES)
+"""What ``all`` stands for, together with the references."""
+REFERENCES = ("bound", "plan", "best-static")
+"""Rows of a table that no policy makes, see `training.oracle`."""
+SELF = "+self"
+CONSTANT = StaticPolicy.name
+BATCH_CAP = Parameter("batch_cap", 1, whole=True, meaning="concurrent requests per replica")
 
 
 @dataclass(frozen=True)
@@ -104,24 +81,28 @@ class Entry:
 
     Attributes:
         reference: the words that asked for it.
-        kind: ``static``, ``hpa``, ``token-demand`` or ``learned``.
-        parameters: of a simple rule.
+        kind: the name of a baseline, or ``learned``.
+        parameters: of a baseline.
         bundle: of a learned policy.
+        self_tuned: whether an error budget moves its headroom.
     """
 
     reference: str
     kind: str
     parameters: dict[str, Value]
     bundle: PolicyBundle | None = None
+    self_tuned: bool = False
 
     @property
     def bundle_digest(self) -> str | None:
-        """SHA-256 of the bundle, None for a simple rule."""
+        """SHA-256 of the bundle, None for a baseline."""
         return None if self.bundle is None else self.bundle.digest
 
 
 def split_references(texts: Sequence[str]) -> list[str]:
-    """References of a comma-separated, repeatable option; ``all`` stands for four; doubles are dropped.
+    """References of a comma-separated, repeatable option; doubles are dropped.
+
+    ``all`` stands for every policy that ships and for the references, ``all+self`` for each policy self-tuned.
 
     >>> split_references(["hpa,static:replicas=4", "hpa"])
     ['hpa', 'static:replicas=4']
@@ -130,7 +111,8 @@ def split_references(texts: Sequence[str]) -> list[str]:
         ConfigError: when there is none.
     """
     words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
-    references = [name for word in words for name in ((*ALL, *REFERENCES) if word == "all" else (word,))]
+    groups = {"all": (*ALL, *REFERENCES), f"all{SELF}": tuple(self_tuned(name) for name in ALL if name != CONSTANT)}
+    references = [name for word in words for name in groups.get(word, (word,))]
     if not references:
         raise ConfigError(f"no policy named; there are {_known()}")
     return list(dict.fromkeys(references))
@@ -143,23 +125,30 @@ def resolve(reference: str) -> Entry:
         ConfigError: when the policy, a parameter or a value is unknown; the message lists what exists.
         BundleMismatch: when a bundle is missing or cannot be trusted.
     """
-    if reference == "learned":
+    name, *assignments = reference.split(":")
+    asked = reference.removesuffix(SELF)
+    if name.removesuffix(SELF) in BASELINES:
+        kind = name.removesuffix(SELF)
+        tuned = name.endswith(SELF)
+        if tuned and kind == CONSTANT:
+            raise ConfigError(f"policy {reference!r}: a constant fleet looks at nothing, so it cannot tune itself")
+        return Entry(reference, kind, _parameters(reference, kind, assignments), None, tuned)
+    if asked == "learned":
         if not SHIPPED_BUNDLE.is_file():
             raise ConfigError(
                 "no pretrained policy ships with this checkout (configs/policies/default.zip is missing): "
                 "train one with `jevons train`, or name a bundle file"
             )
-        return Entry(reference, "learned", {}, load_bundle(SHIPPED_BUNDLE))
-    if reference.startswith("models:/"):
+        path = SHIPPED_BUNDLE
+    elif asked.startswith("models:/"):
         from training.registry import resolve_bundle
 
-        return Entry(reference, "learned", {}, load_bundle(resolve_bundle(reference)))
-    if reference.endswith(".zip"):
-        return Entry(reference, "learned", {}, load_bundle(Path(reference)))
-    kind, *assignments = reference.split(":")
-    if kind not in PARAMETERS:
+        path = resolve_bundle(asked)
+    elif asked.endswith(".zip"):
+        path = Path(asked)
+    else:
         raise ConfigError(f"unknown policy {reference!r}; there are {_known()}")
-    return Entry(reference, kind, _parameters(reference, kind, assignments))
+    return Entry(reference, "learned", {}, load_bundle(path), reference.endswith(SELF))
 
 
 def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
@@ -169,20 +158,21 @@ def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
         BundleMismatch: when a bundle was trained for another interface.
         ConfigError: when ``replicas`` of a static policy names more pools than there are.
     """
-    values = entry.parameters
+    policy = _build(entry, fleet, interface)
+    return SelfTunedPolicy(policy, fleet) if entry.self_tuned else policy
+
+
+def _build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
     if entry.bundle is not None:
         return LearnedPolicy(entry.bundle, fleet, interface)
-    if entry.kind == "hpa":
-        return HpaPolicy(fleet, **values)  # type: ignore[arg-type]
-    if entry.kind == "token-demand":
-        return TokenDemandPolicy(fleet, **values)  # type: ignore[arg-type]
-    replicas, batch_cap = values.get("replicas"), values.get("batch_cap")
-    assert batch_cap is None or isinstance(batch_cap, int)
+    values: dict[str, object] = dict(entry.parameters)
+    replicas = values.get("replicas")
     if isinstance(replicas, list):
         if len(replicas) not in {1, fleet.pools}:
             raise ConfigError(f"replicas for {len(replicas)} pools, but there are {fleet.pools}")
-        return StaticPolicy(fleet, np.array(replicas, np.int64), batch_cap)
-    return StaticPolicy(fleet, None, batch_cap)
+        values["replicas"] = np.array(replicas, np.int64)
+    make: Callable[..., Policy] = BASELINES[entry.kind]
+    return make(fleet, **values)
 
 
 def make_policy(reference: str, fleet: Fleet, specs: Sequence[ScalingSpec]) -> Policy:
@@ -201,10 +191,12 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
     That is `initial_replicas`, else `min_replicas`. A static fleet has been there all along: where a pool leaves
     `initial_replicas` unset, it starts at its constant size.
     """
-    if entry.kind != "static" or spec.guardrails.gpu_budget is not None:
+    if entry.kind != CONSTANT or spec.guardrails.gpu_budget is not None:
         return spec
     most = [pool.max_replicas for pool in spec.pools]
-    wanted = entry.parameters.get("replicas", most)
+    share = entry.parameters.get("share", 1.0)
+    assert isinstance(share, int | float)
+    wanted = entry.parameters.get("replicas", [math.ceil(share * size - 1e-9) for size in most])
     sizes = wanted * len(most) if isinstance(wanted, list) and len(wanted) == 1 else wanted
     if not isinstance(sizes, list) or len(sizes) != len(most):
         return spec  # `build` says what is wrong
@@ -217,44 +209,10 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
     return spec.model_copy(update={"pools": pools})
 
 
-def _parameters(reference: str, kind: str, assignments: list[str]) -> dict[str, Value]:
-    known = PARAMETERS[kind]
-    values: dict[str, Value] = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or name not in known:
-            raise ConfigError(
-                f"policy {reference!r}: unknown parameter {assignment!r}; {kind} has {', '.join(known)}, "
-                f"as in {kind}:{next(iter(known))}=VALUE"
-            )
-        try:
-            values[name] = known[name].parse(text)
-        except ValueError:
-            raise ConfigError(
-                f"policy {reference!r}: parameter {name}: expected {known[name].expected}, got {text!r}"
-            ) from None
-    return values
-
-
-def _known() -> str:
-    return (
-        f"{', '.join(ALL)} (all of them: all), a path to a bundle that ends in .zip, "
-        "and models:/NAME@ALIAS or models:/NAME/VERSION"
-    )
-
-
-_TUNABLE = {
-    "hpa": (
-        Parameter("target_share", 0.5, 0.01, 1.0, log=True, most=1.0),
-        Parameter("stabilization_s", 300.0, 30.0, 1200.0, log=True),
-    ),
-    "token-demand": (Parameter("headroom", 1.5, 0.5, 4.0, log=True), SPOT_SHARE),
-}
-
-
 def tunable_parameters(reference: str) -> tuple[Parameter, ...]:
     """What a tuner may set of a policy; nothing of one whose reference names parameters already, or has none."""
-    return _TUNABLE.get(reference, ())
+    policy = BASELINES.get(reference.removesuffix(SELF))
+    return () if policy is None else policy.PARAMETERS
 
 
 def reference_of(policy: str, settings: Mapping[str, Setting]) -> str:
@@ -263,15 +221,60 @@ def reference_of(policy: str, settings: Mapping[str, Setting]) -> str:
 
 
 def self_tuned(policy: str) -> str:
-    """The reference of a policy whose headroom follows the measured attainment at run time."""
-    return f"{policy}+self"
+    """The reference of a policy whose headroom follows the measured attainment; a constant stays what it is.
+
+    >>> self_tuned("hpa:target_share=0.6"), self_tuned("static")
+    ('hpa+self:target_share=0.6', 'static')
+    """
+    name, colon, settings = policy.partition(":")
+    if name == CONSTANT:
+        return policy
+    return f"{name}{SELF}{colon}{settings}" if name in BASELINES else f"{policy}{SELF}"
 
 
 def is_peer(reference: str) -> bool:
-    """True for an algorithm of another project."""
-    return reference.split(":")[0].split("+")[0] in {"hpa", "static"}
+    """True for an algorithm of another project, self-tuned or not."""
+    name = reference.split(":")[0].removesuffix(SELF)
+    return name in BASELINES and name not in OWN
 
 
 def is_rule(reference: str) -> bool:
-    """True for a reactive rule of our own."""
-    return reference.split(":")[0].split("+")[0] in {"token-demand"}
+    """True for a reactive rule of our own, self-tuned or not."""
+    return reference.split(":")[0].removesuffix(SELF) in OWN
+
+
+def _counts(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split("/")]
+    if min(numbers) < 0:
+        raise ValueError
+    return numbers
+
+
+def _parameters(reference: str, kind: str, assignments: list[str]) -> dict[str, Value]:
+    known: dict[str, tuple[Callable[[str], Value], str]] = {
+        item.name: (item.parse, item.expected) for item in BASELINES[kind].PARAMETERS
+    }
+    if kind == CONSTANT:  # what an operator sets and no tuner searches
+        known["replicas"] = (_counts, "a number of replicas, or one per pool as in 4/2")
+        known["batch_cap"] = (BATCH_CAP.parse, BATCH_CAP.expected)
+    values: dict[str, Value] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"policy {reference!r}: unknown parameter {assignment!r}; {kind} has {', '.join(known)}, "
+                f"as in {kind}:{next(iter(known))}=VALUE"
+            )
+        parse, expected = known[name]
+        try:
+            values[name] = parse(text)
+        except ValueError:
+            raise ConfigError(f"policy {reference!r}: parameter {name}: expected {expected}, got {text!r}") from None
+    return values
+
+
+def _known() -> str:
+    return (
+        f"{', '.join(ALL)} (all of them: all), a path to a bundle that ends in .zip, "
+        "and models:/NAME@ALIAS or models:/NAME/VERSION; any with +self behind its name"
+    )

@@ -37,8 +37,8 @@ Part = Literal["train", "hindsight"]
 BATCH = 8
 """Settings that one task replays side by side."""
 TRIALS_PER_PARAMETER = 8
-MOST_TRIALS = 40
-WIDENINGS = 3
+MOST_TRIALS = 24
+WIDENINGS = 2
 """Times that ranges are widened where the optimum lies on an edge."""
 EDGE = 0.02
 """Share of a range that counts as its edge."""

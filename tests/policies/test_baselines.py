@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import fleet, missing, observation, pool, random_snapshot, rows_of, snapshot, snapshots, spec, spot
+from fakes import engine, fleet, missing, observation, pool, random_snapshot, rows_of, snapshot, snapshots, spec, spot
 from hypothesis import given, settings
 
 from policies.action import allocate, reference_batch_cap
@@ -17,25 +19,46 @@ from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Observation, Policy, Snapshot
 from policies.fleet import Fleet
 from policies.observation import ObservationBuilder
+from policies.self_tuned import SelfTunedPolicy
 from policies.spec import WindowSpec
+from training.lineup import BASELINES
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
-BASELINES: dict[str, Callable[[Fleet], Policy]] = {
-    "static": StaticPolicy,
-    "static of 30": lambda services: StaticPolicy(services, np.full(services.pools, 30), batch_cap=1000),
-    "hpa": HpaPolicy,
-    "hpa without stabilisation": lambda services: HpaPolicy(services, stabilization_s=0.0),
-    "token-demand": TokenDemandPolicy,
+CHOICES: dict[str, Callable[[Fleet], Policy]] = {
+    f"{name}:{item.name}={choice}": lambda services, make=make, item=item, choice=choice: make(
+        services, **{item.name: choice}
+    )
+    for name, make in BASELINES.items()
+    for item in make.PARAMETERS
+    for choice in item.choices
+    if choice != item.default
 }
-every_baseline = pytest.mark.parametrize("make", BASELINES.values(), ids=BASELINES.keys())
+POLICIES: dict[str, Callable[[Fleet], Policy]] = {
+    **BASELINES,
+    **CHOICES,
+    "static of 30": lambda services: StaticPolicy(services, np.full(services.pools, 30), batch_cap=1000),
+    "hpa without stabilisation": lambda services: HpaPolicy(services, stabilization_s=0.0),
+    **{
+        f"{name}+self": lambda services, make=BASELINES[name]: SelfTunedPolicy(make(services), services)
+        for name in ("reactive", "hpa", "llm-d-slo", "wva-v2")
+    },
+}
+every_baseline = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES.keys())
 SPECS = (spec(pool()), spec(pool(min_replicas=2), spot()), spec(spot(max_replicas=5)))
 
 
 def observed(services: Fleet, ticks: int, seed: int = 0, missing_share: float = 0.02) -> list[Observation]:
+    """Windows of SPECS, which is what `services` must be of; encoded once for all policies."""
+    return list(_observed(services.pools, ticks, seed, missing_share))
+
+
+@functools.cache
+def _observed(pools: int, ticks: int, seed: int, missing_share: float) -> tuple[Observation, ...]:
     rng = np.random.default_rng(seed)
+    services = Fleet.from_specs(SPECS, pools)
     encoder = ObservationBuilder(services, WindowSpec())
-    return [encoder.observe(random_snapshot(rng, services, 15.0 * tick, missing_share)) for tick in range(ticks)]
+    return tuple(encoder.observe(random_snapshot(rng, services, 15.0 * tick, missing_share)) for tick in range(ticks))
 
 
 def row_of(seen: Observation, row: int, pools: int) -> Observation:
@@ -64,7 +87,7 @@ def test_proposals_have_the_fleets_shape_in_whole_numbers(make: Callable[[Fleet]
 
 
 @every_baseline
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seen=snapshots(n=3, pools=2))
 def test_proposals_are_within_bounds_whatever_is_seen(make: Callable[[Fleet], Policy], seen: Snapshot) -> None:
     services = Fleet.from_specs(SPECS)
@@ -131,7 +154,36 @@ def test_proposal_is_not_changed_by_what_comes_later(make: Callable[[Fleet], Pol
 
 @every_baseline
 def test_policies_name_themselves_for_the_record(make: Callable[[Fleet], Policy]) -> None:
-    assert make(fleet()).name in {"static", "hpa", "token-demand"}
+    assert make(fleet()).name.removesuffix("+self") in BASELINES
+
+
+@every_baseline
+def test_blind_windows_never_shrink_the_fleet(make: Callable[[Fleet], Policy]) -> None:
+    services = fleet(pool(max_replicas=50), n=2)
+    policy, encoder = make(services), ObservationBuilder(services, WindowSpec())
+    for tick in range(30):
+        seen = snapshot(n=2, time_s=15.0 * tick, replicas_target=12.0, replicas_ready=12.0, running=200.0)
+        policy.propose(encoder.observe(seen))
+    for tick in range(30, 60):
+        wish = policy.propose(encoder.observe(missing(n=2, time_s=15.0 * tick)))
+        assert (wish.replicas >= 12).all(), tick
+    for tick in range(60, 90):  # the counts are known, nothing of the load is
+        known = {"replicas_target": 12.0, "replicas_ready": 12.0, "replicas_starting": 0.0, "batch_cap": 64.0}
+        wish = policy.propose(encoder.observe(missing(n=2, time_s=15.0 * tick, **known)))
+        assert (wish.replicas >= 12).all(), tick
+
+
+@every_baseline
+def test_each_parameter_is_an_argument_with_that_default(make: Callable[[Fleet], Policy]) -> None:
+    if not isinstance(make, type):
+        return
+    arguments = inspect.signature(make).parameters
+    for item in make.PARAMETERS:
+        assert arguments[item.name].default == item.default, item.name
+        if not item.choices:
+            assert item.low < item.high, item.name
+            assert item.low > 0 or not item.log, item.name
+            assert item.parse(str(item.default)) == item.default
 
 
 # Static
@@ -273,13 +325,13 @@ def test_hpa_on_a_faster_clock_still_scales_down() -> None:
     assert set(ticks[:60]) == {8}
 
 
-def test_hpa_counts_queued_requests_by_ready_replica() -> None:
-    services = fleet(pool(max_replicas=100), pool(name="other", max_replicas=100))
-    seen = observation(
-        snapshot(pools=2, replicas_target=[3, 1], replicas_ready=[3, 1], running=0, waiting=[64, 0], queue_requests=256)
-    )
-    # 64 waiting in three quarters of the queue make 8 replicas' worth; the last quarter 2.
-    assert HpaPolicy(services, stabilization_s=0).propose(seen).replicas.tolist() == [[7, 2]]
+def test_hpa_sees_the_pools_as_one_and_fills_the_cheapest_first() -> None:
+    dear = pool(name="dear", max_replicas=100, engine=engine(usd_per_gpu_hour=9.0))
+    services = fleet(dear, pool(max_replicas=6))
+    counts = {"replicas_target": [3, 1], "replicas_ready": [3, 1]}
+    seen = observation(snapshot(pools=2, **counts, running=0, waiting=[64, 0], queue_requests=192))
+    # 256 requests at 32 a replica: eight, of which the minimum of the dear pool and then six of the cheap one.
+    assert HpaPolicy(services, stabilization_s=0).propose(seen).replicas.tolist() == [[2, 6]]
 
 
 @pytest.mark.parametrize(
@@ -319,4 +371,4 @@ def test_hpa_history_stays_short_through_any_number_of_restarts() -> None:
             clocks[restarted] = 0.0
             policy.reset(restarted)
         policy.propose(observation(snapshot(n=2, time_s=clocks)))
-        assert len(policy._recommended) <= 21, tick
+        assert len(policy.behavior) <= 24, tick

@@ -1,0 +1,99 @@
+"""The second half of a HorizontalPodAutoscaler: tolerance, stabilisation windows and rate policies.
+
+After Kubernetes autoscaling/v2 (`behavior`), as several peers stand behind it. Recommendations of the up window are
+taken at their lowest, those of the down window at their highest, and what was found at the start counts as the first;
+then each direction may change a number of replicas or a share of them per period, whichever is more.
+This module must not know where a recommendation comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.baselines.windows import SlidingWindow
+from policies.contract import Bools, Floats
+
+TOLERANCE = 0.1
+PERIOD_S = 15.0
+
+
+@dataclass(frozen=True)
+class ScalingRules:
+    """One direction of a HorizontalPodAutoscaler's `behavior`.
+
+    Attributes:
+        stabilization_s: recommendations are remembered this long, seconds.
+        replicas: that may change in one period.
+        share: of the replicas that may change in one period; the larger of both applies.
+        period_s: seconds.
+    """
+
+    stabilization_s: float
+    replicas: float
+    share: float
+    period_s: float
+
+
+UP = ScalingRules(stabilization_s=0.0, replicas=4, share=1.0, period_s=15.0)
+DOWN = ScalingRules(stabilization_s=300.0, replicas=0, share=1.0, period_s=15.0)
+"""What Kubernetes does unless told otherwise."""
+
+
+def tolerated(desired: Floats, current: Floats, tolerance: float = TOLERANCE) -> Floats:
+    """`desired`, or `current` where the two differ by no more than the tolerance. Fractions of replicas count."""
+    return np.where(np.abs(desired - current) <= tolerance * current + 1e-9, current, desired)
+
+
+class Behavior:
+    """Stabilises and limits recommendations (n, *width)."""
+
+    def __init__(self, n: int, *width: int, up: ScalingRules = UP, down: ScalingRules = DOWN) -> None:
+        self.up, self.down = up, down
+        self._recommended = SlidingWindow(n, max(up.stabilization_s, down.stabilization_s), *width)
+        self._changes = SlidingWindow(n, max(up.period_s, down.period_s), *width, 2)
+        self._last: Floats | None = None
+        self._fresh = np.ones(n, bool)
+
+    def __len__(self) -> int:
+        """Recommendations remembered."""
+        return len(self._recommended)
+
+    def reset(self, rows: Bools) -> None:
+        """Forget the masked services."""
+        self._recommended.reset(rows)
+        self._changes.reset(rows)
+        self._fresh[rows] = True
+
+    def settle(self, time_s: Floats, due: Bools, current: Floats, desired: Floats) -> Floats:
+        """What to scale to (n, ...), and remember the recommendation where it is `due` (n,).
+
+        A NaN recommendation stays NaN and is not remembered. Changes are those seen in `current`, whoever made them.
+        """
+        wide = (slice(None), *([np.newaxis] * (current.ndim - 1)))
+        first = due & self._fresh
+        if first.any():
+            self._recommended.add(time_s, current, first)
+        changed = current - (current if self._last is None else np.where(self._fresh[wide], current, self._last))
+        self._last = current.copy()
+        self._fresh = self._fresh & ~due
+        self._changes.add(time_s, np.stack([np.maximum(changed, 0.0), np.maximum(-changed, 0.0)], axis=-1))
+        lowest = np.fmin(desired, self._recommended.least(time_s, self.up.stabilization_s))
+        highest = np.fmax(desired, self._recommended.most(time_s, self.down.stabilization_s))
+        self._recommended.add(time_s, desired, due)
+        stable = np.minimum(np.maximum(current, lowest), highest)
+        most = self._limit(time_s, current, self.up, 1.0)
+        least = self._limit(time_s, current, self.down, -1.0)
+        return np.where(np.isnan(desired), np.nan, np.clip(stable, np.minimum(least, current), most))
+
+    def _limit(self, time_s: Floats, current: Floats, rules: ScalingRules, sign: float) -> Floats:
+        """The furthest that one direction may go in the current period."""
+        moved = self._changes.sum(time_s, rules.period_s)
+        added, removed = moved[..., 0], moved[..., 1]
+        start = current - np.nan_to_num(added) + np.nan_to_num(removed)
+        if sign > 0:
+            limit = start + np.maximum(rules.replicas, np.ceil(start * rules.share - 1e-9))
+            return np.maximum(limit, current)
+        by_share = np.floor(start * (1.0 - rules.share) + 1e-9)
+        return np.maximum(np.minimum(start - rules.replicas, by_share), 0.0)
