@@ -250,10 +250,12 @@ class _Search:
         self.question = question
         self.scenario = scenario
         self._parameters = parameters
-        self._study = study
+        self._stored = study
+        self._study = _in_memory(study)
         self._asked: list[Trial] = []
-        self._findings: list[Finding] = []
-        self._resume()
+        self._findings = [
+            Finding(trial.user_attrs["settings"], *trial.user_attrs["found"]) for trial in self._study.trials
+        ]
 
     @property
     def done(self) -> bool:
@@ -267,7 +269,7 @@ class _Search:
         ranges = self._stage()
         assert ranges is not None, "asked after the end"
         ran = len(self._findings)
-        seed = int.from_bytes(hashlib.sha256(f"{self._study.study_name} {ran}".encode()).digest()[:4], "big")
+        seed = int.from_bytes(hashlib.sha256(f"{self._stored.study_name} {ran}".encode()).digest()[:4], "big")
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=BATCH, constant_liar=True)
         if ran == 0:
             for settings in _spread(self._parameters, ranges):
@@ -288,7 +290,7 @@ class _Search:
         for trial, (attainment, usd) in zip(self._asked, found, strict=True):
             trial.set_user_attr("found", [attainment, usd])
             trial.set_constraint("attainment", target - attainment)
-            self._study.tell(trial, usd)
+            self._stored.add_trial(self._study.tell(trial, usd))
             self._findings.append(Finding(trial.user_attrs["settings"], attainment, usd))
 
     def answer(self) -> Tuning:
@@ -308,17 +310,6 @@ class _Search:
             trials=len(self._findings),
             edges=tuple(f"{item.name} {edge}" for item, edge in zip(self._parameters, edges, strict=True) if edge),
         )
-
-    def _resume(self) -> None:
-        import optuna
-
-        state = optuna.trial.TrialState
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.state == state.COMPLETE and "found" in trial.user_attrs:
-                attainment, usd = trial.user_attrs["found"]
-                self._findings.append(Finding(trial.user_attrs["settings"], attainment, usd))
-            elif trial.state in {state.RUNNING, state.WAITING}:
-                self._study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
 
     def _stage(self) -> list[tuple[float, float]] | None:
         """Ranges of the next batch; None where nothing is left to run."""
@@ -356,6 +347,15 @@ class _Search:
         if holding:
             return min(holding, key=lambda item: item.usd)
         return max(findings, key=lambda item: (item.attainment, -item.usd))
+
+
+def _in_memory(stored: Study) -> Study:
+    """A study in memory with the trials of a stored one: asking a database for every number takes longer than runs."""
+    import optuna
+
+    study = optuna.create_study()
+    study.add_trials(stored.get_trials(deepcopy=False))
+    return study
 
 
 def _spread(parameters: Sequence[Parameter], ranges: Sequence[tuple[float, float]]) -> list[dict[str, Setting]]:
