@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs test check format train scoreboard bench constraints clean
+.PHONY: help install demo docs peers test check format train scoreboard bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite and write d
 	$(BIN)/jevons evaluate --suite dev --policy all --tuned default,train,self,hindsight --cache runs/cache \
 	  --json runs/scoreboard/rows.json --details runs/scoreboard/details.json --report runs/scoreboard/report.html $(ARGS)
 	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
+
+peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
+	$(BIN)/python -m training.peers_page docs/peers.md
 
 bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
 	$(BIN)/python -m tests.benchmarks $(ARGS)

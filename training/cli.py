@@ -72,8 +72,9 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Policies, comma-separated or repeated: learned, token-demand, hpa, static (all: all four), with "
-            "parameters as in hpa:target_share=0.6, a bundle file, or models:/NAME@ALIAS.  [default: the suite's]",
+            help="Policies, comma-separated or repeated: learned, reactive, hpa, keda and more (all: every one, see "
+            "docs/peers.md), with parameters as in hpa:target_share=0.6, self-tuned as in hpa+self, a bundle file, "
+            "or models:/NAME@ALIAS.  [default: the suite's]",
             show_default=False,
         ),
     ] = None,

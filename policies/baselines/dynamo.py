@@ -4,9 +4,9 @@ Source: ai-dynamo/dynamo 1.6.1, `components/src/dynamo/planner/core/load_scaling
 interval) one replica more or less, and nothing while the last step is still under way.
 Easy modes look at the KV load ``u = (scheduled + queued KV + queued prefill tokens) / capacity``: any above 1.0 adds,
 all below 0.6 remove (mode ``latency``: 0.4 and 0.1; mode ``load``: the user's own), unless the load spread over one
-replica less would reach the upper threshold. Mode ``sla`` estimates TTFT (prefill of the queue and one mean prompt in
+replica less would reach the upper threshold. Mode ``sla`` estimates TTFT (prefill of the queue and a mean prompt in
 chunks) and ITL from the step-time model: too slow adds; one replica less, with the load of each up by a factor of
-``N / (N - 1)``, must leave ``TTFT - own prefill`` below 80 % of what the objective leaves, ITL below 80 % of it, and the
+``N / (N - 1)``, must leave ``TTFT - own prefill`` below 80 % of what the objective leaves, ITL below 80 %, and the
 cache not full.
 One mean replica stands for all, where the planner asks each. Left out: the regression on forward-pass metrics
 (the engine profile is its result), cancelling a start, the budget of eight GPUs, separate prefill and decode fleets.
@@ -48,7 +48,7 @@ class Lengths:
         snapshot = service.snapshot
         self.prompt = np.where(np.isnan(snapshot.prompt_tokens_mean), self.prompt, snapshot.prompt_tokens_mean)
         self.output = np.where(np.isnan(snapshot.output_tokens_mean), self.output, snapshot.output_tokens_mean)
-        arrived = snapshot.prompt_tps > 0
+        arrived = snapshot.prompt_tps > 1e-6
         share = np.divide(
             snapshot.prefill_tps, snapshot.prompt_tps, out=np.full_like(self.prompt, np.nan), where=arrived
         )
@@ -60,7 +60,7 @@ class Replica:
 
     def __init__(self, service: Service, fleet: Fleet) -> None:
         ready = np.nan_to_num(service.snapshot.replicas_ready)
-        weight = np.where(total(ready)[:, np.newaxis] > 0, ready, fleet.exists)
+        weight = np.where(total(ready)[:, np.newaxis] >= 0.5, ready, fleet.exists)
         weight = weight / np.maximum(total(weight), 1e-9)[:, np.newaxis]
         self.a, self.b, self.c, self.d = (total(weight * each) for each in (fleet.a, fleet.b, fleet.c, fleet.d))
         self.max_num_seqs = total(weight * fleet.max_num_seqs)

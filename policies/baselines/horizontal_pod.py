@@ -53,7 +53,8 @@ class Behavior:
         self.up, self.down = up, down
         self._recommended = SlidingWindow(n, max(up.stabilization_s, down.stabilization_s), *width)
         self._changes = SlidingWindow(n, max(up.period_s, down.period_s), *width, 2)
-        self._last: Floats | None = None
+        self._last = np.full((n, *width), np.nan)
+        self._last_s = np.full(n, np.nan)
         self._fresh = np.ones(n, bool)
 
     def __len__(self) -> int:
@@ -64,6 +65,8 @@ class Behavior:
         """Forget the masked services."""
         self._recommended.reset(rows)
         self._changes.reset(rows)
+        self._last[rows] = np.nan
+        self._last_s[rows] = np.nan
         self._fresh[rows] = True
 
     def settle(self, time_s: Floats, due: Bools, current: Floats, desired: Floats) -> Floats:
@@ -71,14 +74,14 @@ class Behavior:
 
         A NaN recommendation stays NaN and is not remembered. Changes are those seen in `current`, whoever made them.
         """
-        wide = (slice(None), *([np.newaxis] * (current.ndim - 1)))
         first = due & self._fresh
         if first.any():
             self._recommended.add(time_s, current, first)
-        changed = current - (current if self._last is None else np.where(self._fresh[wide], current, self._last))
-        self._last = current.copy()
+        # What is seen now was changed after the last look.
+        changed = current - self._last
+        self._changes.add(self._last_s, np.stack([np.maximum(changed, 0.0), np.maximum(-changed, 0.0)], axis=-1))
+        self._last, self._last_s = current.copy(), time_s.copy()
         self._fresh = self._fresh & ~due
-        self._changes.add(time_s, np.stack([np.maximum(changed, 0.0), np.maximum(-changed, 0.0)], axis=-1))
         lowest = np.fmin(desired, self._recommended.least(time_s, self.up.stabilization_s))
         highest = np.fmax(desired, self._recommended.most(time_s, self.down.stabilization_s))
         self._recommended.add(time_s, desired, due)

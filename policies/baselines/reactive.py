@@ -96,7 +96,9 @@ class ReactivePolicy:
         wanted = np.fmax(np.fmax(recent, long), 0.0) * self.headroom
         late = known(snapshot.oldest_wait_s) > self.backlog_wait * fleet.ttft_slo_s
         # In shares of the work, so that pools of unlike replicas add up: what is ready covers this much of the demand.
-        covered = total(np.divide(known(snapshot.replicas_ready), wanted, out=np.zeros_like(wanted), where=wanted > 0))
+        covered = total(
+            np.divide(known(snapshot.replicas_ready), wanted, out=np.zeros_like(wanted), where=wanted > 1e-6)
+        )
         lift = np.where(late, np.maximum(covered * (1.0 + self.backlog_boost), 1.0), 1.0)
         share = np.full(len(fleet), self.spot_share)
         replicas = allocate(np.nan_to_num(wanted), lift, share, fleet)

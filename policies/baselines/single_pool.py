@@ -52,7 +52,7 @@ class Service:
     def of(cls, snapshot: Snapshot, fleet: Fleet, placed: Floats) -> Service:
         """The sums over the pools; `placed` (n, P) are the replicas asked for."""
         ready = snapshot.replicas_ready
-        weight = np.where(total(placed)[:, np.newaxis] > 0, placed, fleet.exists)
+        weight = np.where(total(placed)[:, np.newaxis] >= 0.5, placed, fleet.exists)
         weight = weight / np.maximum(total(weight), 1e-9)[:, np.newaxis]
         serving = total(ready)
         return cls(

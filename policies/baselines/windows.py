@@ -66,7 +66,8 @@ class SlidingWindow:
             keep &= wanted
         self._times_s.append(np.where(keep, time_s, -np.inf))
         self._values.append(values)
-        while self._times_s and not (self._times_s[0] > time_s - self.span_s - TOLERANCE_S).any():
+        oldest_s = np.nan_to_num(time_s, nan=-np.inf) - self.span_s
+        while self._times_s and not (self._times_s[0] > oldest_s - TOLERANCE_S).any():
             self._times_s.pop(0)
             self._values.pop(0)
 

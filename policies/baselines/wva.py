@@ -232,7 +232,7 @@ class WvaTokensPolicy(VariantPolicy):
         in_use = kv * fleet.kv_capacity
         capacity = self._capacity(in_use, queue, prompt, output, ready)
         hit = 1.0 - np.divide(
-            snapshot.prefill_tps, snapshot.prompt_tps, out=np.ones_like(prompt), where=snapshot.prompt_tps > 0
+            snapshot.prefill_tps, snapshot.prompt_tps, out=np.ones_like(prompt), where=snapshot.prompt_tps > 1e-6
         )
         hit = np.clip(np.nan_to_num(hit), 0.0, 1.0)
         gateway = snapshot.queue_requests * (prompt * (1.0 - hit) + output)

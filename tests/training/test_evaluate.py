@@ -236,9 +236,13 @@ def test_a_bill_without_labels_is_not_split():
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("vpa", "unknown policy 'vpa'; there are learned, token-demand, hpa, static"),
+        ("vpa", "unknown policy 'vpa'; there are learned, reactive, token-demand, hpa, keda"),
         ("hpa:target=1", "unknown parameter 'target=1'; hpa has target_share"),
-        ("hpa:target_share=2", "parameter target_share: expected a number above 0, at most 1, got '2'"),
+        ("hpa:target_share=0", "parameter target_share: expected a number above 0, got '0'"),
+        ("static:share=2", "parameter share: expected a number above 0, at most 1, got '2'"),
+        ("keda:trigger=cpu", "parameter trigger: expected one of waiting, running, in_system, got 'cpu'"),
+        ("hpa:max_up_replicas=1.5", "parameter max_up_replicas: expected a whole number of at least 1, got '1.5'"),
+        ("static+self", "a constant fleet looks at nothing, so it cannot tune itself"),
         ("static:replicas=many", "parameter replicas: expected a number of replicas"),
         ("static:replicas=1/2", "scenario 'chat', policy 'static:replicas=1/2': replicas for 2 pools, but there are 1"),
         ("token-demand:headroom=nan", "parameter headroom: expected a number above 0"),
@@ -266,13 +270,33 @@ def test_parameters_reach_the_policies():
     fleet = Fleet.from_specs([make().spec])
     assert lineup.make_policy("hpa:target_share=0.3:tolerance=0", fleet, [make().spec]).target_share == 0.3
     assert lineup.make_policy("token-demand:headroom=1.4", fleet, [make().spec]).headroom == 1.4
-    assert lineup.split_references(["hpa, all", "static:replicas=2"]) == [
-        "hpa",
-        "learned",
-        "token-demand",
-        "static",
-        "static:replicas=2",
-    ]
+    bandit = lineup.make_policy("autothrottle+self:explore=0", fleet, [make().spec])
+    assert (bandit.name, bandit.policy.explore) == ("autothrottle+self", 0.0)
+
+
+def test_all_names_every_policy_once_and_all_self_every_one_that_can_tune_itself():
+    asked = lineup.split_references(["hpa, all", "static:replicas=2"])
+    assert asked == ["hpa", *(name for name in lineup.ALL if name != "hpa"), "static:replicas=2"]
+    tuned = lineup.split_references(["all+self"])
+    assert tuned == [f"{name}+self" for name in lineup.ALL if name != "static"]
+    assert all(lineup.resolve(reference).self_tuned for reference in tuned)
+
+
+def test_settings_become_a_reference_and_back():
+    reference = lineup.reference_of(lineup.self_tuned("keda"), {"trigger": "running", "threshold": 2.5})
+    entry = lineup.resolve(reference)
+    assert (entry.kind, entry.self_tuned, entry.parameters) == ("keda", True, {"trigger": "running", "threshold": 2.5})
+    assert lineup.tunable_parameters("keda+self") == lineup.BASELINES["keda"].PARAMETERS
+    assert lineup.tunable_parameters("keda:threshold=2") == lineup.tunable_parameters("learned") == ()
+    assert [name for name in lineup.ALL if not lineup.is_peer(name)] == ["learned", "reactive", "token-demand"]
+
+
+@pytest.mark.parametrize("reference", [*lineup.ALL, "learned+self", "llm-d-slo+self"])
+def test_every_policy_runs_through_the_controller(reference):
+    short = make(trace={"generator": {"profile": "chat", "duration_s": 300, "mean_rps": 3}}, seeds=[0])
+    (score,) = run_cell(short, lineup.resolve(reference)).scores
+    assert score.finished + score.rejected > 0
+    assert score.replica_hours > 0
 
 
 def test_a_static_fleet_is_there_from_the_start_unless_the_scenario_says_otherwise():

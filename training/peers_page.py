@@ -1,0 +1,58 @@
+"""Writes what `docs/peers.md` says of each baseline, from the docstrings and parameter tables: ``make peers``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from policies.baselines.parameters import Parameter, TunablePolicy
+from training.lineup import BASELINES
+from training.readme import replace_block
+
+
+def page() -> str:
+    """One section a module, one table a policy, in the order of the registry."""
+    lines: list[str] = []
+    described: set[str] = set()
+    for name, policy in BASELINES.items():
+        module = inspect.getmodule(policy)
+        assert module is not None
+        if module.__name__ not in described:
+            described.add(module.__name__)
+            lines += _section(module)
+        lines += ["", f"**`{name}`**: {_about(policy)}", "", *_table(policy.PARAMETERS)]
+    return "\n".join(lines).strip()
+
+
+def _section(module: ModuleType) -> list[str]:
+    title, _, rest = inspect.getdoc(module).partition("\n")  # type: ignore[union-attr]
+    told = ["", _markdown(rest.strip())] if rest.strip() else []
+    return ["", f"### {_markdown(title).rstrip('.')}", *told]
+
+
+def _about(policy: type[TunablePolicy]) -> str:
+    text = inspect.getdoc(policy) or ""
+    return _markdown(text.partition("\n\nArgs:")[0])
+
+
+def _markdown(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def _table(parameters: tuple[Parameter, ...]) -> list[str]:
+    lines = ["| parameter | default | searched | meaning |", "|---|---|---|---|"]
+    for item in parameters:
+        if item.choices:
+            searched = ", ".join(item.choices)
+        else:
+            searched = f"{item.low:g} to {item.high:g}{', log' if item.log else ''}"
+        default = item.default if isinstance(item.default, str) else f"{item.default:g}"
+        lines.append(f"| `{item.name}` | {default} | {searched} | {item.meaning} |")
+    return lines
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.write_text(replace_block(target.read_text(encoding="utf-8"), "peers", page()), encoding="utf-8")
