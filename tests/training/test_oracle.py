@@ -123,7 +123,7 @@ def test_demand_is_work_per_time():
 @pytest.fixture(scope="module")
 def tiny() -> Bench:
     """Four ticks, quiet, a burst, quiet; up to three replicas that start at once."""
-    trace = trace_of(evenly(2.0, 75.0) + evenly(12.0, 45.0, start_s=30.0), duration_s=75.0)
+    trace = trace_of(evenly(0.6, 75.0) + evenly(2.6, 45.0, start_s=30.0), duration_s=75.0)
     return Bench(toy_spec(most=3), trace, seed=0)
 
 
@@ -142,8 +142,8 @@ def test_the_best_static_fleet_is_the_smallest_of_all_sizes_that_holds(tiny):
 
 
 def test_where_no_fleet_holds_the_best_attainment_is_reported():
-    trace = trace_of(evenly(30.0, 60.0), duration_s=60.0)
-    bench = Bench(toy_spec(most=2), trace, seed=0)
+    trace = trace_of(evenly(4.0, 60.0), duration_s=60.0)
+    bench = Bench(toy_spec(most=2, initial=None), trace, seed=0)
     static = best_static(bench)
     assert not bench.holds(static)
     assert static.plan.replicas[0].tolist() == [2]
@@ -152,7 +152,7 @@ def test_where_no_fleet_holds_the_best_attainment_is_reported():
 
 @pytest.mark.parametrize(
     ("profile", "engine", "mean_rps", "pools"),
-    [("chat", "llama-3.1-8b-l40s", 12, 1), ("code", "llama-3.1-8b-h100", 20, 2)],
+    [("chat", "llama-3.1-8b-l40s", 6, 1), ("code", "llama-3.1-8b-h100", 20, 2)],
 )
 def test_bound_at_most_plan_at_most_best_static(profile, engine, mean_rps, pools):
     from envs.generator import GeneratorSpec, generate
@@ -161,7 +161,7 @@ def test_bound_at_most_plan_at_most_best_static(profile, engine, mean_rps, pools
     found = find_engine(engine, shipped_configs())
     start = ColdStart(node_s=0, image_s=10, weights_s=20, warmup_s=30)
     named = [
-        PoolSpec(name=f"p{i}", engine=found, max_replicas=5, min_replicas=1 - i, initial_replicas=2, cold_start=start)
+        PoolSpec(name=f"p{i}", engine=found, max_replicas=5, min_replicas=1 - i, initial_replicas=3, cold_start=start)
         for i in range(pools)
     ]
     spec = ScalingSpec(slo=Slo(ttft_s=2.0, tpot_s=0.08, attainment=0.95), pools=tuple(named))

@@ -19,7 +19,11 @@ def ray_cluster():
     import ray
 
     patch = pytest.MonkeyPatch()
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_raylet_start_wait_time_s": "180",  # a busy machine
+    }.items():
         patch.setenv(name, value)
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", configure_logging=False
