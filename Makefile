@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs peers test check format train bench constraints clean
+.PHONY: help install demo docs peers test check format train scoreboard bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,12 @@ docs: demo ## Regenerate the tables of the README from a demo and a benchmark ru
 	@mkdir -p runs
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
 	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
+
+scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite and write docs/scoreboard.md; ARGS goes to `jevons evaluate`.
+	@mkdir -p runs/scoreboard
+	$(BIN)/jevons evaluate --suite dev --policy all --tuned default,train,self,hindsight --cache runs/cache \
+	  --json runs/scoreboard/rows.json --details runs/scoreboard/details.json --report runs/scoreboard/report.html $(ARGS)
+	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
 	$(BIN)/python -m training.peers_page docs/peers.md

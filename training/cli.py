@@ -6,15 +6,23 @@ Only typer is imported at the top; everything heavy is imported inside the comma
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from envs import trace_cli
-from training import train_cli
-from training.console import check_writable, one_sentence_errors, progress_bar, say, show_evaluation, write_whole
+from training import train_cli, what_if_cli
+from training.console import (
+    check_writable,
+    one_sentence_errors,
+    progress_bar,
+    say,
+    show_evaluation,
+    show_tunings,
+    write_json,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
@@ -29,6 +37,12 @@ app.add_typer(trace_cli.app, name="trace")
 
 QUICK_SLICE_S = (12 * 3600.0, 15 * 3600.0)
 """The part of the demo's day that ``--quick`` replays, around the maximum of the day."""
+DEFAULT_CACHE = Path("runs/cache")
+Cache = Annotated[Path, typer.Option(help="Folder where plans and tuned settings are kept.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Run on this Ray cluster (auto, ray://HOST:10001); local starts one on this machine."),
+]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; as many as there are CPU cores when left out.")]
 
 
@@ -65,13 +79,28 @@ def evaluate(
         ),
     ] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; repeatable.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every row as JSON to this file.")] = None,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings of the policies, comma-separated or repeated: default, train (tuned on the train slice), "
+            "self (these, moved at run time by the measured attainment), hindsight (tuned on the test slice).  "
+            "[default: default]",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write one flat row per scenario, policy and seed to this file.")
+    ] = None,
+    details: Annotated[Path | None, typer.Option(help="Write everything that was found as JSON to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report to this file.")] = None,
+    cache: Cache = DEFAULT_CACHE,
     jobs: Jobs = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Judge policies: attainment, cost, plots.
 
-    Every policy runs on every scenario and seed of a suite, through the controller that ships.
+    Every policy runs on every scenario and seed of a suite, through the controller that ships. `all` stands for every
+    policy there is and for the references: the fluid bound, the clairvoyant plan and the best static fleet.
     """
     from training.lineup import split_references
     from training.scenarios import load_suite
@@ -80,10 +109,68 @@ def evaluate(
     references = split_references(policy or chosen.policies)
     if scenario:
         chosen = chosen.only(scenario)
-    check_writable(json_file, report)
-    evaluation = _evaluate(chosen, references, jobs)
+    check_writable(json_file, details, report)
+    for skipped in chosen.skipped:
+        say(f"note: scenario {skipped.name!r} is skipped: {skipped.reason}")
+    evaluation = _evaluate(chosen, references, jobs, _words(tuned), cache, ray_address)
     show_evaluation(evaluation)
-    _write_results(evaluation, json_file, report)
+    if json_file is not None:
+        from training.standings import flat_rows
+
+        write_json(json_file, flat_rows(evaluation))
+    _write_results(evaluation, details, report)
+
+
+@app.command()
+@one_sentence_errors
+def tune(
+    suite: Annotated[str, typer.Option(help="Suite: a YAML file, or the name of a shipped one.")] = "smoke",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Policies, comma-separated or repeated.  [default: all]", show_default=False),
+    ] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; repeatable.")] = None,
+    hindsight: Annotated[
+        bool, typer.Option("--hindsight", help="Tune on the test slice itself: what nobody can do beforehand.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found as JSON to this file.")] = None,
+    cache: Cache = DEFAULT_CACHE,
+    jobs: Jobs = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Find the settings of policies that hold the SLO at the lowest cost.
+
+    On the train slice of every scenario. Studies are kept in the cache folder; a run that was cut off goes on.
+    """
+    import os
+    from dataclasses import asdict
+
+    from envs.kernel_cache import warm_up
+    from training.lineup import REFERENCES, resolve, split_references
+    from training.result_cache import ResultCache
+    from training.scenarios import load_suite
+    from training.tuning import Part, Question
+    from training.tuning import tune as search
+    from training.workers import open_workers
+
+    chosen = load_suite(suite)
+    if scenario:
+        chosen = chosen.only(scenario)
+    policies = [name for name in split_references(policy or ["all"]) if name not in REFERENCES]
+    check_writable(json_file)
+    for name in policies:
+        resolve(name)
+    part: Part = "hindsight" if hindsight else "train"
+    questions = [Question(item, name, part) for item in chosen.scenarios for name in policies]
+    warm_up(say)
+    with (
+        progress_bar("tuning") as on_progress,
+        open_workers(jobs or len(os.sched_getaffinity(0)), ray_address) as workers,
+    ):
+        found = search(questions, workers, ResultCache(cache), on_progress)
+    show_tunings(found)
+    if json_file is not None:
+        write_json(json_file, [asdict(item) for item in found])
 
 
 @app.command()
@@ -160,34 +247,49 @@ def simulate(
         write_whole(requests, replay.write_requests)
         say(f"wrote {requests}")
     if json_file is not None:
-        _write_json(json_file, summary)
+        write_json(json_file, summary)
 
 
-def _evaluate(suite: Any, references: list[str], jobs: int | None) -> Evaluation:
+def _words(texts: list[str] | None) -> tuple[str, ...]:
+    """The words of a comma-separated, repeatable option, `default` when there is none."""
+    return tuple(word.strip() for text in texts or ["default"] for word in text.split(",") if word.strip())
+
+
+def _evaluate(
+    suite: Any,
+    references: list[str],
+    jobs: int | None,
+    tuned: tuple[str, ...] = ("default",),
+    cache: Path | None = None,
+    ray_address: str | None = None,
+) -> Evaluation:
     import os
 
     from envs.kernel_cache import warm_up
     from training.evaluate import evaluate as judge
+    from training.result_cache import ResultCache
 
     warm_up(say)
-    with progress_bar() as on_progress:
-        return judge(suite, references, jobs or len(os.sched_getaffinity(0)), on_progress)
+    with progress_bar("evaluating") as on_progress:
+        return judge(
+            suite,
+            references,
+            jobs or len(os.sched_getaffinity(0)),
+            on_progress,
+            tuned=tuned,
+            cache=ResultCache(cache),
+            ray_address=ray_address,
+        )
 
 
 def _write_results(evaluation: Evaluation, json_file: Path | None, report: Path | None) -> None:
     if json_file is not None:
-        _write_json(json_file, evaluation.to_json())
+        write_json(json_file, evaluation.to_json())
     if report is not None:
         from training.report import write_report
 
         write_report(evaluation, report)
         say(f"wrote {report}")
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    say(f"wrote {path}")
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
@@ -210,3 +312,4 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
+what_if_cli.register(app)

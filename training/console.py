@@ -6,9 +6,10 @@ Only typer is imported at the top (rich alone takes a tenth of a second), so tha
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -17,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation, Progress
+    from training.tuning import Tuning
 
 P = ParamSpec("P")
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -70,6 +72,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all, and say so.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    say(f"wrote {path}")
+
+
 def check_writable(*paths: Path | None) -> None:
     """Refuse before any work is done.
 
@@ -86,14 +99,14 @@ def check_writable(*paths: Path | None) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(doing: str) -> Iterator[Progress]:
     """A bar on stderr that `evaluate` can tell its progress; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("evaluating"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -105,23 +118,42 @@ def progress_bar() -> Iterator[Progress]:
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "SLO met": lambda row: f"{row['attainment']:.2%}{' ' if row['holds_slo'] else '*'}",
-    "TTFT met": lambda row: f"{row['ttft_attainment']:.1%}",
-    "TPOT met": lambda row: f"{row['tpot_attainment']:.1%}",
-    "$ /Mtok": lambda row: f"{row['usd_per_mtok']:.4f}",
-    "$ /good": lambda row: f"{row['usd_per_good_mtok']:.4f}",
-    "$ in all": lambda row: f"{row['usd']:,.0f}" if row["usd"] >= 1000 else f"{row['usd']:.2f}",
-    "repl. hours": lambda row: f"{row['replica_hours']:,.1f}",
-    "GPU use": lambda row: f"{row['gpu_utilization']:.0%}",
-    "over- size": lambda row: f"{row['overprovisioning_ratio']:.2f}",
-    "scale per h": lambda row: f"{row['scale_events_per_hour']:.1f}",
+    "SLO met": lambda row: f"{_figure(row['attainment'], '.2%')}{' ' if row['holds_slo'] else '*'}",
+    "worst hour": lambda row: _figure(row["worst_hour_attainment"], ".1%"),
+    "$ /Mtok": lambda row: _figure(row["usd_per_mtok"], ".4f"),
+    "$ /good": lambda row: _figure(row["usd_per_good_mtok"], ".4f"),
+    "$ in all": lambda row: _figure(row["usd"], ",.0f" if row["usd"] >= 1000 else ".2f"),
+    "repl. hours": lambda row: _figure(row["replica_hours"], ",.1f"),
+    "GPU use": lambda row: _figure(row["gpu_utilization"], ".0%"),
+    "over- size": lambda row: _figure(row["overprovisioning_ratio"], ".2f"),
+    "scale per h": lambda row: _figure(row["scale_events_per_hour"], ".1f"),
 }
 """Headings of the headline table and what stands below them; 80 characters wide with a policy name of 12."""
 
 
+COST_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "vs plan": lambda row: ratio(row["cost_vs_plan"]),
+    "vs bound": lambda row: ratio(row["cost_vs_bound"]),
+    "vs peer": lambda row: ratio(row["cost_vs_best_peer"]),
+}
+"""Further headings where references or peers stand in the table."""
+
+
+def ratio(value: float | None) -> str:
+    """A cost over another; a dash where that says nothing."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _figure(value: float, form: str) -> str:
+    return "-" if value != value else format(value, form)
+
+
 def cheapest_holding(rows: list[dict[str, Any]]) -> float | None:
-    """Dollars per million tokens of the cheapest row that holds the SLO, None when none does."""
-    return min((row["usd_per_mtok"] for row in rows if row["holds_slo"]), default=None)
+    """Dollars per million tokens of the cheapest policy that holds the SLO, None when none does.
+
+    References are no policies: nobody can run them.
+    """
+    return min((row["usd_per_mtok"] for row in rows if row["holds_slo"] and row["tuned"] != "reference"), default=None)
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
@@ -129,30 +161,66 @@ def show_evaluation(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from training.cells import label
+    from training.standings import scenario_rows
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPED_WIDTH)
-    summary = evaluation.by_scenario()
+    summary = scenario_rows(evaluation)
+    columns = columns_for(summary)
     for scenario in evaluation.scenarios:
         rows = [row for row in summary if row["scenario"] == scenario["name"]]
         slo = scenario["slo"]
         console.print(
             f"\n{scenario['name']}: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1000:g} ms "
-            f"for {slo['attainment']:.1%} of {rows[0]['requests']:,.0f} requests",
+            f"for {slo['attainment']:.1%} of {rows[0]['requests']:,.0f} requests{not_servable(scenario)}",
             highlight=False,
             markup=False,
         )
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         table.add_column("policy", overflow="fold", min_width=12)
-        for heading in COLUMNS:
+        for heading in columns:
             table.add_column("\n".join(heading.split(" ", 1)), justify="right", no_wrap=True)
         best = cheapest_holding(rows)
         for row in rows:
             style = "bold" if row["holds_slo"] and row["usd_per_mtok"] == best else None
-            table.add_row(row["policy"], *(show(row) for show in COLUMNS.values()), style=style)
+            table.add_row(label(row["policy"], row["tuned"]), *(show(row) for show in columns.values()), style=style)
         console.print(table)
+    for skipped in evaluation.skipped:
+        console.print(f"\n{skipped['name']}: skipped, {skipped['reason']}", highlight=False, markup=False)
     console.print(
         "\n$/Mtok, $/good: provisioned dollars per million tokens served, and served within the SLO.\n"
         "*: misses the SLO. Bold: the cheapest policy that holds it.",
         highlight=False,
     )
+
+
+def columns_for(rows: list[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """The headline columns, and those of the ratios where any row has one."""
+    compared = any(row["cost_vs_plan"] is not None or row["cost_vs_bound"] is not None for row in rows)
+    return {**COLUMNS, **COST_COLUMNS} if compared else COLUMNS
+
+
+def not_servable(scenario: dict[str, Any]) -> str:
+    """What to add to a scenario's heading where not even the clairvoyant plan holds its SLO."""
+    return "; not even the clairvoyant plan holds this" if scenario["servable"] is False else ""
+
+
+def show_tunings(tunings: Sequence[Tuning]) -> None:
+    """Print one line per policy and scenario: settings, and what they cost on the slice that they were tuned on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("scenario", "policy", "settings", "SLO met", "$", "runs", "on an edge"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in {"SLO met", "$", "runs"} else "left")
+    for item in tunings:
+        settings = ", ".join(f"{name}={value}" for name, value in item.settings.items())
+        met = f"{item.attainment:.2%}{' ' if item.holds_slo else '*'}"
+        edges = ", ".join(item.edges)
+        table.add_row(item.scenario, item.policy, settings, met, f"{item.usd:.2f}", str(item.trials), edges)
+    console.print(table)

@@ -7,34 +7,27 @@ This module must not know how results are shown.
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
+import math
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
-from autoscaler.controller import Controller
-from envs.cluster import SimulatedCluster
-from envs.traces import Trace
-from policies.decider import Decider
 from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch
-from policies.objective import Usage
-from policies.spec import ScalingSpec
-from training.console import end_on_ctrl_c
-from training.lineup import Entry, build, resolve, starting_spec
-from training.scenarios import Scenario, Suite
-from training.scores import AVERAGED, Bill, Score, judge, score
-from training.timeline import FIRST, Timeline, TimelineRecorder
+from training.cells import DEFAULT, Cell, Variant, label, run_work
+from training.lineup import REFERENCES, Entry, build, reference_of, resolve, self_tuned
+from training.result_cache import ResultCache
+from training.scenarios import Scenario, Suite, TraceSource
+from training.scores import AVERAGED, REFERENCE, Score
+from training.timeline import Timeline
+from training.tuning import Part, Question, Tuning, parameters_for, tune
+from training.workers import Workers, open_workers
 
-DRAIN_S = 600.0
-"""Requests in service at the end of the trace get at least this time to finish, seconds."""
-DRAIN_STEP_S = 60.0
+TUNED = (DEFAULT, "train", "self", "hindsight")
 BOOTSTRAP_RESAMPLES = 2000
 INTERVALS = ("attainment", "usd", "usd_per_mtok", "usd_per_good_mtok")
 """Columns that get a bootstrap interval over seeds."""
@@ -49,11 +42,14 @@ class Evaluation:
 
     Attributes:
         suite: its name.
-        rows: one score per scenario, policy and seed, in the order asked for.
-        scenarios: what each scenario was: objectives, pools, seeds, digests of spec and traces.
+        rows: one score per scenario, policy, tuning and seed, in the order asked for.
+        scenarios: what each scenario was: objectives, pools, seeds, digests of spec and traces; `servable` says whether
+            the clairvoyant plan holds its SLO, None where there is no plan.
         policies: what each policy was: reference and digest of its bundle.
         versions: of Jevons and of what the figures depend on.
-        timelines: of the first seed, by scenario and policy.
+        timelines: of the first seed, by scenario and label, see `label`.
+        tunings: what tuning found, see `training.tuning.Tuning`.
+        skipped: scenarios of the suite that could not run here, and why.
     """
 
     suite: str
@@ -62,18 +58,20 @@ class Evaluation:
     policies: tuple[dict[str, Any], ...]
     versions: dict[str, str] = field(default_factory=dict)
     timelines: dict[tuple[str, str], Timeline] = field(default_factory=dict)
+    tunings: tuple[dict[str, Any], ...] = ()
+    skipped: tuple[dict[str, str], ...] = ()
 
     def by_scenario(self) -> list[dict[str, Any]]:
-        """One row per scenario and policy: means over seeds.
+        """One row per scenario, policy and tuning: means over seeds.
 
         `seeds` counts them; `holds_slo` compares the mean attainment with the target. Where there are several seeds,
         ``<column>_low`` and ``<column>_high`` hold the bootstrap interval of the mean (2.5 to 97.5 %), else None.
         """
         targets = {scenario["name"]: scenario["slo"]["attainment"] for scenario in self.scenarios}
-        cells: dict[tuple[str, str], list[Score]] = {}
+        cells: dict[tuple[str, str, str], list[Score]] = {}
         for row in self.rows:
-            cells.setdefault((row.scenario, row.policy), []).append(row)
-        return [_averaged(rows, targets[scenario]) for (scenario, _), rows in cells.items()]
+            cells.setdefault((row.scenario, row.policy, row.tuned), []).append(row)
+        return [_averaged(rows, targets[scenario]) for (scenario, _, _), rows in cells.items()]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the timelines, ready for `json.dumps`: NaN is null."""
@@ -83,16 +81,10 @@ class Evaluation:
             "by_scenario": [{name: _null(value) for name, value in row.items()} for row in self.by_scenario()],
             "scenarios": list(self.scenarios),
             "policies": list(self.policies),
+            "tunings": list(self.tunings),
+            "skipped": list(self.skipped),
             "versions": self.versions,
         }
-
-
-class Cell(NamedTuple):
-    """One scenario under one policy, all seeds side by side."""
-
-    scores: tuple[Score, ...]
-    timeline: Timeline
-    trace_digests: tuple[str, ...]
 
 
 def evaluate(
@@ -100,26 +92,66 @@ def evaluate(
     policies: Sequence[str],
     jobs: int = 1,
     on_progress: Progress = lambda done, total, label: None,
+    *,
+    tuned: Sequence[str] = (DEFAULT,),
+    cache: ResultCache | None = None,
+    ray_address: str | None = None,
 ) -> Evaluation:
     """Run every policy on every scenario and seed.
 
     What can be checked is checked first: references, bundles, their interface, and that each trace can be read.
-    The result does not depend on `jobs`, `wall_s` aside.
+    The result does not depend on `jobs` or `ray_address`, `wall_s` aside.
 
     Args:
         suite: what to judge on.
-        policies: references as `training.lineup` reads them.
+        policies: references as `training.lineup` reads them; ``bound``, ``plan`` and ``best-static`` among them.
         jobs: processes.
-        on_progress: told after each scenario and policy.
+        on_progress: told after each scenario and policy, and after each study.
+        tuned: settings of every policy that can be tuned: ``default``, those tuned on the ``train`` slice, these and
+            moved at run time by the measured attainment (``self``), those tuned in ``hindsight``.
+        cache: where plans and tuned settings are kept; nowhere when None.
+        ray_address: of a Ray cluster to run on instead of local processes, see `training.workers`.
 
     Raises:
-        ConfigError: when a reference is unknown.
+        ConfigError: when a reference is unknown, or a recorded scenario does not say what to tune on.
         BundleMismatch: when a bundle cannot be used.
         TraceError: when a trace cannot be used.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
-    entries = [resolve(reference) for reference in dict.fromkeys(policies)]
+    cache = cache or ResultCache(None)
+    named = list(dict.fromkeys(policies))
+    references = [name for name in REFERENCES if name in named]
+    entries = [resolve(reference) for reference in named if reference not in REFERENCES]
+    _check(suite, entries)
+    with open_workers(jobs, ray_address) as workers:
+        tunings = _tuned(suite, entries, tuned, workers, cache, on_progress)
+        work = _work(suite, entries, references, tuned, tunings)
+        cells = _run_all(work, workers, cache, on_progress)
+    rows: dict[str, list[Score]] = {scenario.name: [] for scenario in suite.scenarios}
+    digests: dict[str, tuple[str, ...]] = {}
+    timelines: dict[tuple[str, str], Timeline] = {}
+    for (scenario, _), found in zip(work, cells, strict=True):
+        for cell in found:
+            first = cell.scores[0]
+            rows[scenario.name] += cell.scores
+            digests[scenario.name] = cell.trace_digests
+            timelines[scenario.name, label(first.policy, first.tuned)] = cell.timeline
+    return Evaluation(
+        suite=suite.name,
+        rows=tuple(row for scenario in suite.scenarios for row in rows[scenario.name]),
+        scenarios=tuple(
+            _describe(scenario, digests[scenario.name], rows[scenario.name])
+            for scenario in suite.scenarios
+            if scenario.name in digests
+        ),
+        policies=tuple({"policy": entry.reference, "bundle_digest": entry.bundle_digest} for entry in entries),
+        versions=_versions(),
+        timelines=timelines,
+        tunings=tuple(asdict(item) for item in tunings),
+        skipped=tuple(asdict(item) for item in suite.skipped),
+    )
+
+
+def _check(suite: Suite, entries: Sequence[Entry]) -> None:
     for scenario in suite.scenarios:
         fleet = Fleet.from_specs([scenario.spec])
         for entry in entries:
@@ -129,115 +161,74 @@ def evaluate(
                 raise type(error)(f"scenario {scenario.name!r}, policy {entry.reference!r}: {error}") from None
         if scenario.trace.file is not None:
             scenario.requests(scenario.seeds[0])
-    work = [(scenario, entry) for scenario in suite.scenarios for entry in entries]
-    cells: list[Cell | None] = [None] * len(work)
+
+
+def _tuned(
+    suite: Suite,
+    entries: Sequence[Entry],
+    tuned: Sequence[str],
+    workers: Workers,
+    cache: ResultCache,
+    on_progress: Progress,
+) -> list[Tuning]:
+    """The settings that `tuned` asks for; a self-tuned policy starts at those of the train slice."""
+    unknown = sorted(set(tuned) - set(TUNED))
+    if unknown or not tuned:
+        raise ConfigError(f"tuned {', '.join(unknown)!r}: expected {', '.join(TUNED)}")
+    parts: list[Part] = ["train"] if {"train", "self"} & set(tuned) else []
+    parts += ["hindsight"] if "hindsight" in tuned else []
+    questions = [
+        Question(scenario, entry.reference, part) for scenario in suite.scenarios for part in parts for entry in entries
+    ]
+    return tune(questions, workers, cache, on_progress)
+
+
+def _work(
+    suite: Suite,
+    entries: Sequence[Entry],
+    references: Sequence[str],
+    tuned: Sequence[str],
+    tunings: Sequence[Tuning],
+) -> list[tuple[Scenario, Variant | tuple[str, ...]]]:
+    """What to run, scenario by scenario: variants of policies, and the references together, which share a search."""
+    settings = {(item.scenario, item.policy, item.part): item.settings for item in tunings}
+    work: list[tuple[Scenario, Variant | tuple[str, ...]]] = []
+    for scenario in suite.scenarios:
+        for entry in entries:
+            name = entry.reference
+            moved = self_tuned(name)
+            tunable = bool(parameters_for(name, scenario))
+            for mode in TUNED:
+                if mode == DEFAULT and (mode in tuned or not tunable):
+                    work.append((scenario, Variant(name, mode, entry)))
+                if mode == DEFAULT or mode not in tuned or (mode == "self" and moved == name):
+                    continue
+                if tunable:
+                    found = settings[scenario.name, name, "hindsight" if mode == "hindsight" else "train"]
+                    chosen = resolve(reference_of(moved if mode == "self" else name, found))
+                    work.append((scenario, Variant(name, mode, chosen)))
+                elif mode == "self":
+                    work.append((scenario, Variant(name, mode, resolve(moved))))
+        if references:
+            work.append((scenario, tuple(references)))
+    return work
+
+
+def _run_all(
+    work: Sequence[tuple[Scenario, Variant | tuple[str, ...]]],
+    workers: Workers,
+    cache: ResultCache,
+    on_progress: Progress,
+) -> list[list[Cell]]:
+    """The cells of every piece of work, in its order. References take longest, so they are handed in first."""
+    for index in sorted(range(len(work)), key=lambda index: isinstance(work[index][1], Variant)):
+        workers.submit(index, run_work, *work[index], cache)
+    cells: list[list[Cell]] = [[] for _ in work]
     on_progress(0, len(work), _label(*work[0]) if work else "")
-    for done, (index, cell) in enumerate(_run_all(work, jobs), start=1):
-        cells[index] = cell
+    for done in range(1, len(work) + 1):
+        index, cells[index] = workers.next_done()
         on_progress(done, len(work), _label(*work[index]))
-    found = [cell for cell in cells if cell is not None]
-    keys = [(scenario.name, entry.reference) for scenario, entry in work]
-    return Evaluation(
-        suite=suite.name,
-        rows=tuple(row for cell in found for row in cell.scores),
-        scenarios=tuple(
-            _describe(scenario, found[index * len(entries)].trace_digests)
-            for index, scenario in enumerate(suite.scenarios)
-            if entries
-        ),
-        policies=tuple({"policy": entry.reference, "bundle_digest": entry.bundle_digest} for entry in entries),
-        versions=_versions(),
-        timelines={key: cell.timeline for key, cell in zip(keys, found, strict=True)},
-    )
-
-
-def run_cell(scenario: Scenario, entry: Entry) -> Cell:
-    """Replay all seeds of a scenario side by side under one policy, and score them."""
-    started_s = time.perf_counter()
-    spec = starting_spec(entry, scenario.spec)
-    traces = [scenario.requests(seed) for seed in scenario.seeds]
-    n = len(traces)
-    interval_s = scenario.control_interval_s
-    horizon_s = max(interval_s, *(trace.duration_s for trace in traces))
-    cluster = SimulatedCluster.replay([spec] * n, traces, scenario.seeds)
-    fleet = Fleet.from_specs([spec] * n)
-    bill = Bill(spec, cluster.arrays.pools)
-    recorder = TimelineRecorder(
-        tuple(pool.label for pool in spec.pools), spent_usd=lambda: bill.total_usd(cluster.usage(), FIRST)
-    )
-    controller = Controller(
-        decider=Decider(fleet, spec.interface.window, spec.guardrails),
-        policy=build(entry, fleet, spec.interface),
-        source=cluster,
-        actuator=cluster,
-        clock=cluster,
-        recorder=recorder,
-        interval_s=interval_s,
-    )
-    controller.run(until_s=horizon_s)
-    usage, preemptions = read_horizon(cluster, horizon_s)
-    drain(cluster, horizon_s, spec, traces)
-    timeline = recorder.timeline()
-    first = cluster.library.first
-    wall_s = (time.perf_counter() - started_s) / n
-    scores = []
-    for row, (trace, seed) in enumerate(zip(traces, scenario.seeds, strict=True)):
-        own = slice(first[row], first[row + 1])
-        finish_s = cluster.arrays.finish_s[own]
-        verdicts = judge(trace.arrival_s, cluster.arrays.first_token_s[own], finish_s, trace.output_tokens, spec.slo)
-        label = (scenario.name, entry.reference, seed)
-        scored = score(spec, trace, usage, row, verdicts, finish_s, int(preemptions[row]), horizon_s, label)
-        ticks = timeline.reason_counts() if row == 0 else {}
-        scores.append(replace(scored, wall_s=wall_s, guardrail_ticks=ticks))
-    return Cell(tuple(scores), timeline, tuple(trace.digest() for trace in traces))
-
-
-def read_horizon(cluster: SimulatedCluster, horizon_s: float) -> tuple[Usage, np.ndarray]:
-    """Cumulative usage and (n,) preemptions exactly at the horizon.
-
-    The cluster measures one metrics delay before the time that it is run to, so it is run that much further.
-    """
-    cluster.wait_until(max(horizon_s + cluster.window.metrics_delay_s, cluster.now_s))
-    usage = cluster.usage()
-    # The cluster's readings are views of arrays that the next window overwrites.
-    copied = Usage(**{item.name: getattr(usage, item.name).copy() for item in fields(usage)})
-    return copied, cluster.counter("preemptions")
-
-
-def drain(cluster: SimulatedCluster, horizon_s: float, spec: ScalingSpec, traces: Sequence[Trace]) -> None:
-    """Keep the clock running, without decisions, until every request is served or can only be a miss.
-
-    A request that arrived at the horizon and meets both objectives is done after the TTFT objective and its output at
-    the pace of the TPOT objective; what is unfinished then has missed.
-    """
-    longest = max(int(trace.output_tokens.max()) for trace in traces)
-    limit_s = horizon_s + max(DRAIN_S, spec.slo.ttft_s + spec.slo.tpot_s * longest)
-    expected = np.array([len(trace) for trace in traces])
-    while cluster.now_s < limit_s:
-        usage = cluster.usage()
-        if (usage.finished + usage.rejected >= expected).all():
-            break
-        cluster.wait_until(min(cluster.now_s + DRAIN_STEP_S, limit_s))
-
-
-def _run_all(work: Sequence[tuple[Scenario, Entry]], jobs: int) -> Iterator[tuple[int, Cell]]:
-    """Cells with their places in `work`, as they get done."""
-    jobs = min(jobs, len(work))
-    if jobs <= 1:
-        for index, (scenario, entry) in enumerate(work):
-            yield index, run_cell(scenario, entry)
-        return
-    # Spawned, not forked: the parent may hold threads (onnxruntime, numba) that a fork would leave locked.
-    # The initializer lives in a light module: Ctrl-C may come while the workers still import.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_on_ctrl_c) as pool:
-        try:
-            places = {pool.submit(run_cell, *cell): index for index, cell in enumerate(work)}
-            for future in as_completed(places):
-                yield places[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return cells
 
 
 def _averaged(rows: Sequence[Score], target: float) -> dict[str, Any]:
@@ -249,7 +240,8 @@ def _averaged(rows: Sequence[Score], target: float) -> dict[str, Any]:
     }
     for name in AVERAGED:
         averaged[name] = float(np.mean([getattr(row, name) for row in rows]))
-    averaged["holds_slo"] = averaged["attainment"] >= target
+    computed = math.isnan(averaged["attainment"])  # the bound: nobody ran it
+    averaged["holds_slo"] = all(row.holds_slo for row in rows) if computed else averaged["attainment"] >= target
     for name in INTERVALS:
         low, high = bootstrap_interval([getattr(row, name) for row in rows])
         averaged[f"{name}_low"], averaged[f"{name}_high"] = low, high
@@ -267,13 +259,16 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float | None, float | N
     return float(low), float(high)
 
 
-def _describe(scenario: Scenario, trace_digests: Sequence[str]) -> dict[str, Any]:
+def _describe(scenario: Scenario, trace_digests: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
     spec = scenario.spec
     source = scenario.trace
+    planned = [row.holds_slo for row in rows if (row.policy, row.tuned) == ("plan", REFERENCE)]
     return {
         "name": scenario.name,
         "description": scenario.description,
-        "trace": str(source.file) if source.file is not None else f"generated: {source.generator!r}",
+        "source": source.kind,
+        "servable": all(planned) if planned else None,
+        "trace": f"generated: {source.generator!r}" if source.generator is not None else _files(source),
         "slo": spec.slo.model_dump(),
         "pools": [
             {
@@ -304,8 +299,12 @@ def _versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def _label(scenario: Scenario, entry: Entry) -> str:
-    return f"{scenario.name} / {entry.reference}"
+def _files(source: TraceSource) -> str:
+    return ", ".join(str(file) for file in source.files)
+
+
+def _label(scenario: Scenario, what: Variant | tuple[str, ...]) -> str:
+    return f"{scenario.name} / {label(what.policy, what.tuned) if isinstance(what, Variant) else 'references'}"
 
 
 def _null(value: Any) -> Any:

@@ -67,7 +67,9 @@ BASELINES: dict[str, type[TunablePolicy]] = {
 OWN = (ReactivePolicy.name, TokenDemandPolicy.name)
 """The baselines that no other project wrote."""
 ALL = ("learned", *BASELINES)
-"""What ``all`` stands for."""
+"""What ``all`` stands for, together with the references."""
+REFERENCES = ("bound", "plan", "best-static")
+"""Rows of a table that no policy makes, see `training.oracle`."""
 SELF = "+self"
 CONSTANT = StaticPolicy.name
 BATCH_CAP = Parameter("batch_cap", 1, whole=True, meaning="concurrent requests per replica")
@@ -100,7 +102,7 @@ class Entry:
 def split_references(texts: Sequence[str]) -> list[str]:
     """References of a comma-separated, repeatable option; doubles are dropped.
 
-    ``all`` stands for every policy that ships, ``all+self`` for each of them self-tuned.
+    ``all`` stands for every policy that ships and for the references, ``all+self`` for each policy self-tuned.
 
     >>> split_references(["hpa,static:replicas=4", "hpa"])
     ['hpa', 'static:replicas=4']
@@ -109,7 +111,7 @@ def split_references(texts: Sequence[str]) -> list[str]:
         ConfigError: when there is none.
     """
     words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
-    groups = {"all": ALL, f"all{SELF}": tuple(self_tuned(name) for name in ALL if name != CONSTANT)}
+    groups = {"all": (*ALL, *REFERENCES), f"all{SELF}": tuple(self_tuned(name) for name in ALL if name != CONSTANT)}
     references = [name for word in words for name in groups.get(word, (word,))]
     if not references:
         raise ConfigError(f"no policy named; there are {_known()}")
@@ -234,6 +236,11 @@ def is_peer(reference: str) -> bool:
     """True for an algorithm of another project, self-tuned or not."""
     name = reference.split(":")[0].removesuffix(SELF)
     return name in BASELINES and name not in OWN
+
+
+def is_rule(reference: str) -> bool:
+    """True for a reactive rule of our own, self-tuned or not."""
+    return reference.split(":")[0].removesuffix(SELF) in OWN
 
 
 def _counts(text: str) -> list[int]:

@@ -17,16 +17,30 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from policies.contract import Floats
-from training.console import COLUMNS, cheapest_holding, write_whole
+from training.cells import label
+from training.console import cheapest_holding, columns_for, not_servable, write_whole
 from training.evaluate import Evaluation
+from training.report_plots import is_sweep, scatter, styled, swept
+from training.scores import REFERENCE
+from training.standings import scenario_rows
 from training.timeline import Timeline
 
 MOST_POINTS = 800
 POINTS_IN_ALL = 400_000
 """Points over all plots: what keeps the file small enough to mail."""
 PALETTE = ("#3556c8", "#1f9d7a", "#d9822b", "#7d8590", "#9b4fc0", "#c23b5a", "#4aa3c7", "#8a6d3b")
-FIXED = {"learned": "#3556c8", "token-demand": "#1f9d7a", "hpa": "#d9822b", "static": "#7d8590"}
+FIXED = {
+    "learned": "#3556c8",
+    "token-demand": "#1f9d7a",
+    "hpa": "#d9822b",
+    "static": "#7d8590",
+    "plan": "#111827",
+    "bound": "#b3261e",
+    "best-static": "#a3acb9",
+}
 STATES = (("ready", "#8fb3e8"), ("starting", "#f3c66b"), ("draining", "#c9ced6"))
+MOST_TIMELINES = 6
+"""Policies whose replicas are plotted over time, per scenario."""
 ROW_PX = 165
 SERIES_PER_POLICY = 9
 STYLE = """
@@ -66,9 +80,10 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
 
 def render(evaluation: Evaluation) -> str:
     """The page, plotly.js included once."""
-    summary = evaluation.by_scenario()
-    colours = _colours([policy["policy"] for policy in evaluation.policies])
-    plots = max(1, len(evaluation.timelines)) * SERIES_PER_POLICY
+    summary = [{**row, "label": label(row["policy"], row["tuned"])} for row in scenario_rows(evaluation)]
+    colours = _colours(list(dict.fromkeys(row["policy"] for row in summary)))
+    shown = min(len(evaluation.timelines), MOST_TIMELINES * len(evaluation.scenarios))
+    plots = max(1, shown) * SERIES_PER_POLICY
     points = int(np.clip(POINTS_IN_ALL // plots, 60, MOST_POINTS))
     sections = [_section(evaluation, scenario, summary, colours, points) for scenario in evaluation.scenarios]
     title = f"Evaluation: {evaluation.suite}"
@@ -83,9 +98,9 @@ def render(evaluation: Evaluation) -> str:
             '<p class="quiet">Every policy ran through the controller that ships, on the simulated cluster. '
             "Costs are provisioned dollars, overhead included.</p>",
             _table(evaluation, summary, colours),
-            '<h2>Cost against attainment</h2><div class="card">',
-            _embed(_scatter(evaluation, summary, colours)),
-            "</div>",
+            _skipped(evaluation),
+            *([_card("Cost over the sweep", swept(evaluation, summary, colours))] if is_sweep(evaluation) else []),
+            _card("Cost against attainment", scatter(evaluation, summary, colours)),
             *sections,
             _footer(evaluation),
             "</main></body></html>",
@@ -106,25 +121,26 @@ def _colours(policies: Sequence[str]) -> dict[str, str]:
 
 
 def _table(evaluation: Evaluation, summary: list[dict[str, Any]], colours: dict[str, str]) -> str:
+    columns = columns_for(summary)
     lines = ['<div class="card"><table><thead><tr><th>policy</th>']
-    lines += [f"<th>{html.escape(name)}</th>" for name in COLUMNS]
+    lines += [f"<th>{html.escape(name)}</th>" for name in columns]
     lines.append("</tr></thead><tbody>")
     for scenario in evaluation.scenarios:
         rows = [row for row in summary if row["scenario"] == scenario["name"]]
         slo = scenario["slo"]
         promise = f"TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1000:g} ms for {slo['attainment']:.1%} of arrivals"
         lines.append(
-            f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{html.escape(scenario["name"])} '
-            f'<span class="quiet">{promise}</span></td></tr>'
+            f'<tr class="group"><td colspan="{len(columns) + 1}">{html.escape(scenario["name"])} '
+            f'<span class="quiet">{promise}{not_servable(scenario)}</span></td></tr>'
         )
         lowest = cheapest_holding(rows)
         for row in rows:
-            best = row["holds_slo"] and row["usd_per_mtok"] == lowest
-            shown = [show(row) for show in COLUMNS.values()]
+            best = row["holds_slo"] and row["usd_per_mtok"] == lowest and row["tuned"] != REFERENCE
+            shown = [show(row) for show in columns.values()]
             first = shown[0].replace("*", " &#10007;")
             lines.append(
                 f'<tr class="{"best" if best else ""}"><td><span class="dot" style="background:'
-                f'{colours[row["policy"]]}"></span>{html.escape(row["policy"])}</td>'
+                f'{colours[row["policy"]]}"></span>{html.escape(row["label"])}</td>'
                 f'<td class="{"" if row["holds_slo"] else "miss"}">{first}</td>'
                 + "".join(f"<td>{html.escape(text)}</td>" for text in shown[1:])
                 + "</tr>"
@@ -136,49 +152,6 @@ def _table(evaluation: Evaluation, summary: list[dict[str, Any]], colours: dict[
     return "".join(lines)
 
 
-def _scatter(evaluation: Evaluation, summary: list[dict[str, Any]], colours: dict[str, str]) -> go.Figure:
-    names = [scenario["name"] for scenario in evaluation.scenarios]
-    columns = min(3, len(names))
-    figure = make_subplots(
-        rows=math.ceil(len(names) / columns), cols=columns, subplot_titles=names, horizontal_spacing=0.09
-    )
-    for index, scenario in enumerate(evaluation.scenarios):
-        at = {"row": index // columns + 1, "col": index % columns + 1}
-        for row in (row for row in summary if row["scenario"] == scenario["name"]):
-            low, high = row["attainment_low"], row["attainment_high"]
-            spread = low is not None
-            figure.add_trace(
-                go.Scatter(
-                    x=[row["usd_per_mtok"]],
-                    y=[row["attainment"]],
-                    name=row["policy"],
-                    legendgroup=row["policy"],
-                    showlegend=index == 0,
-                    mode="markers",
-                    marker={
-                        "size": 13,
-                        "color": colours[row["policy"]],
-                        "symbol": "circle" if row["holds_slo"] else "x",
-                        "line": {"width": 1, "color": "white"},
-                    },
-                    error_y={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [high - row["attainment"]],
-                        "arrayminus": [row["attainment"] - low],
-                    }
-                    if spread
-                    else None,
-                    hovertemplate="%{fullData.name}<br>$%{x:.4f} per Mtok<br>%{y:.2%} of arrivals<extra></extra>",
-                ),
-                **at,
-            )
-        figure.add_hline(y=scenario["slo"]["attainment"], line={"dash": "dot", "color": "#b3261e", "width": 1}, **at)
-        figure.update_xaxes(title_text="dollars per million tokens", rangemode="tozero", **at)
-        figure.update_yaxes(title_text="SLO met", tickformat=".0%", **at)
-    return _styled(figure, 330 * math.ceil(len(names) / columns))
-
-
 def _section(
     evaluation: Evaluation,
     scenario: dict[str, Any],
@@ -187,7 +160,7 @@ def _section(
     points: int,
 ) -> str:
     name = scenario["name"]
-    timelines = {policy: line for (at, policy), line in evaluation.timelines.items() if at == name and len(line)}
+    timelines = _worth_plotting(evaluation, name, summary)
     pools = "; ".join(
         f"{pool['name']}: {pool['min_replicas']} to {pool['max_replicas']} replicas of {pool['engine']} on "
         f"{pool['gpus_per_replica']} x {pool['gpu']}, ${pool['usd_per_gpu_hour']:.2f} per GPU-hour, "
@@ -203,6 +176,28 @@ def _section(
     if not timelines:
         return head + '<p class="quiet">Too short for a single decision: nothing to plot.</p>'
     return f'{head}<div class="card">{_embed(_over_time(timelines, scenario, colours, points))}</div>'
+
+
+def _worth_plotting(evaluation: Evaluation, scenario: str, summary: list[dict[str, Any]]) -> dict[str, Timeline]:
+    """Timelines by label: all where there are few, else the plan, the learned policy and the cheapest that hold."""
+    lines = {name: line for (at, name), line in evaluation.timelines.items() if at == scenario and len(line)}
+    if len(lines) <= MOST_TIMELINES:
+        return lines
+    rows = [row for row in summary if row["scenario"] == scenario and row["label"] in lines]
+    rows.sort(key=lambda row: (row["policy"] not in {"plan", "learned"}, not row["holds_slo"], row["usd"]))
+    chosen = {row["label"] for row in rows[:MOST_TIMELINES]}
+    return {name: line for name, line in lines.items() if name in chosen}
+
+
+def _skipped(evaluation: Evaluation) -> str:
+    names = "".join(
+        f"<p>{html.escape(item['name'])}: skipped, {html.escape(item['reason'])}.</p>" for item in evaluation.skipped
+    )
+    return f'<div class="card">{names}</div>' if names else ""
+
+
+def _card(title: str, figure: go.Figure) -> str:
+    return f'<h2>{title}</h2><div class="card">{_embed(figure)}</div>'
 
 
 def _over_time(
@@ -228,7 +223,7 @@ def _over_time(
     for policy in policies:
         line = timelines[policy]
         time = _thin(line.time_s, points) / scale_s
-        colour = colours[policy]
+        colour = colours[policy.split(" (")[0]]
         _line(figure, base, time, _thin(line.queue_requests, points, np.nanmax), policy, colour, legend=True)
         met = _rolling_mean(np.fmin(line.ttft_attainment, line.tpot_attainment), line.time_s, 300.0)
         _line(figure, base + 1, time, _thin(met, points), policy, colour)
@@ -238,7 +233,7 @@ def _over_time(
     figure.add_hline(y=target, line={"dash": "dot", "color": "#b3261e", "width": 1}, row=base + 1, col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.03], row=base + 1, col=1)
     figure.update_xaxes(title_text=unit, row=len(titles), col=1)
-    return _styled(figure, ROW_PX * len(titles) + 60)
+    return styled(figure, ROW_PX * len(titles) + 60)
 
 
 def _replicas(figure: go.Figure, row: int, line: Timeline, scale_s: float, points: int, legend: bool) -> None:
@@ -316,19 +311,6 @@ def _rolling_mean(values: Floats, time_s: Floats, span_s: float) -> Floats:
     count = counts[end] - counts[start]
     mean: Floats = np.where(count > 0, (sums[end] - sums[start]) / np.maximum(count, 1), np.nan)
     return mean
-
-
-def _styled(figure: go.Figure, height: int) -> go.Figure:
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 56, "r": 16, "t": 64, "b": 44},
-        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 0.995, "xanchor": "right", "x": 1.0},
-        font={"size": 12, "color": "#1c2230"},
-        hovermode="closest",
-    )
-    figure.update_annotations(font_size=13)
-    return figure
 
 
 def _embed(figure: go.Figure) -> str:

@@ -7,15 +7,17 @@ This module must not know about policies.
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from envs.generator import GeneratorSpec, generate
 from envs.trace_formats import import_trace
-from envs.trace_scaling import scale, spread_ticks
+from envs.trace_scaling import regenerate_from_rates, scale, spread_ticks
 from envs.traces import Trace, TraceError
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml
 from policies.spec import (
@@ -53,25 +55,52 @@ def _seed_list(value: object) -> object:
     return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+TRACES_VARIABLE = "JEVONS_TRACES"
+"""Environment variable that names the folder of recorded traces, where a suite asks for it."""
+TRAIN_SEED_OFFSET = 1_000_003
+"""Seeds of the generated traffic that policies are tuned on, above those that they are judged on."""
+
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
 PositiveDuration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seed_list), Field(min_length=1, max_length=1000)]
+
+
+class RatesSource(StrictModel):
+    """Traffic at native scale, made anew for every seed from the measured rates of a service's clients."""
+
+    file: Path = Field(description="Parquet table of client rates: window_start_s, client_id, rate_rps, iat_cv.")
+    lengths: Path = Field(description="Trace to draw prompt and output lengths from, by client where it names them.")
+    clients: tuple[int, ...] | None = Field(default=None, description="Clients to keep; all when left out.")
 
 
 class TraceSource(StrictModel):
-    """Where the requests come from: a recorded file or the built-in generator."""
+    """Where the requests come from: a recorded file, measured client rates, or the built-in generator."""
 
     file: Path | None = Field(default=None, description="Request log in any format that `jevons trace import` reads.")
     columns: dict[str, str] | None = Field(default=None, description="Columns of other CSV and JSONL files.")
+    rates: RatesSource | None = Field(default=None, description="Measured client rates to make requests from.")
     generator: GeneratorSpec | None = Field(default=None, description="Traffic to generate, anew for every seed.")
 
     @model_validator(mode="after")
     def _one_source(self) -> TraceSource:
-        if (self.file is None) == (self.generator is None):
-            raise ValueError("expected either file or generator")
+        if sum(source is not None for source in (self.file, self.rates, self.generator)) != 1:
+            raise ValueError("expected one of file, rates and generator")
         if self.columns is not None and self.file is None:
             raise ValueError("columns apply to a file")
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it reads."""
+        if self.rates is not None:
+            return self.rates.file, self.rates.lengths
+        return () if self.file is None else (self.file,)
+
+    @property
+    def kind(self) -> Literal["real", "generated"]:
+        """Recorded or measured traffic, or made by the generator."""
+        return "generated" if self.generator is not None else "real"
 
 
 class Scenario(StrictModel):
@@ -86,6 +115,13 @@ class Scenario(StrictModel):
     slice: tuple[Duration, Duration] | None = Field(
         default=None, description="Start and end in the trace, seconds or durations such as 2h."
     )
+    train_slice: tuple[Duration, Duration] | None = Field(
+        default=None,
+        description="Start and end of the part to tune policies on; must not overlap what they are judged on.",
+    )
+    train_seeds: (
+        Annotated[tuple[Seed, ...], BeforeValidator(_seed_list), Field(min_length=1, max_length=1000)] | None
+    ) = Field(default=None, description="Seeds to tune on; others than `seeds`, of generated traffic, when left out.")
     scale: Positive | None = Field(
         default=None, description="Factor on the mean rate, by shifted copies and thinning; bursts keep their shape."
     )
@@ -99,7 +135,7 @@ class Scenario(StrictModel):
     )
     guardrails: GuardrailSpec = Field(default=GuardrailSpec(), description="Limits on every target.")
     objective: ObjectiveSpec = Field(default=ObjectiveSpec(), description="What counts as cost.")
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seed_list), Field(min_length=1, max_length=1000)] = Field(
+    seeds: Seeds = Field(
         default=(0,), description="Seeds of generated traffic, cold starts and reclaims; a number counts from 0."
     )
 
@@ -109,6 +145,14 @@ class Scenario(StrictModel):
             raise ValueError("metrics_delay_s must be below control_interval_s")
         if self.slice is not None and self.slice[0] >= self.slice[1]:
             raise ValueError("slice must end after its start")
+        if self.train_slice is not None:
+            if self.train_slice[0] >= self.train_slice[1]:
+                raise ValueError("train_slice must end after its start")
+            start, end = self.slice or (0.0, float("inf"))
+            if self.train_slice[0] < end and start < self.train_slice[1]:
+                raise ValueError("train_slice must not overlap what policies are judged on; set slice beside it")
+        elif self.train_seeds is not None and set(self.train_seeds) & set(self.seeds):
+            raise ValueError("train_seeds must differ from seeds, or train_slice from slice")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
         labels = [pool.label for pool in self.pools]
@@ -132,7 +176,8 @@ class Scenario(StrictModel):
     def requests(self, seed: int) -> Trace:
         """The trace of one seed: loaded or generated, spread, sliced, scaled, in this order.
 
-        A recorded trace differs between seeds only where it is scaled or spread.
+        A recorded trace differs between seeds only where it is scaled or spread. What is made from client rates is made
+        for the slice alone.
 
         Raises:
             TraceError: when the file cannot be used, or no request is left.
@@ -141,12 +186,18 @@ class Scenario(StrictModel):
         try:
             if source.generator is not None:
                 trace = generate(source.generator, seed)
+            elif source.rates is not None:
+                start_s, end_s = self.slice or (0.0, None)
+                lengths = import_trace(source.rates.lengths).trace
+                trace = regenerate_from_rates(
+                    source.rates.file, lengths, seed, start_s=start_s, end_s=end_s, clients=source.rates.clients
+                )
             else:
                 assert source.file is not None, "checked when the scenario was made"
                 trace = import_trace(source.file, source.columns, seed=seed).trace
             if self.spread_ticks is not None:
                 trace = spread_ticks(trace, seed, self.spread_ticks)
-            if self.slice is not None:
+            if self.slice is not None and source.rates is None:
                 trace = trace.slice(*self.slice)
             if self.scale is not None:
                 trace = scale(trace, self.scale, seed)
@@ -155,6 +206,29 @@ class Scenario(StrictModel):
         if not len(trace):
             raise TraceError(f"scenario {self.name!r}: trace {trace.name!r}: no request is left to replay")
         return trace
+
+    def training(self) -> Scenario:
+        """The scenario on the traffic that policies are tuned on: another part of the trace, other seeds, or both.
+
+        Raises:
+            ConfigError: when that is not said of a recorded trace.
+        """
+        if self.train_slice is None and self.trace.generator is None:
+            raise ConfigError(
+                f"scenario {self.name!r}: tuning on a recorded trace needs train_slice: the part of it to tune on"
+            )
+        other = self.trace.generator is not None and self.train_slice is None
+        seeds = self.train_seeds or tuple(seed + TRAIN_SEED_OFFSET if other else seed for seed in self.seeds)
+        part = self.slice if self.train_slice is None else self.train_slice
+        return self.model_copy(update={"seeds": seeds, "slice": part, "train_slice": None, "train_seeds": None})
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A scenario of a suite that cannot run here, and why."""
+
+    name: str
+    reason: str
 
 
 class Suite(StrictModel):
@@ -165,11 +239,14 @@ class Suite(StrictModel):
     policies: tuple[str, ...] = Field(
         default=("all",), description="Policies to judge when none is asked for, see `training.lineup`."
     )
-    scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)] = Field(description="Scenarios.")
+    scenarios: tuple[Scenario, ...] = Field(description="Scenarios that can run here.")
+    skipped: tuple[Skipped, ...] = Field(
+        default=(), description="Set by `load_suite`: scenarios whose files are absent."
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Suite:
-        names = [scenario.name for scenario in self.scenarios]
+        names = [*(scenario.name for scenario in self.scenarios), *(scenario.name for scenario in self.skipped)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two scenarios are named {name!r}")
@@ -185,7 +262,7 @@ class Suite(StrictModel):
         for name in names:
             if name not in known:
                 raise ConfigError(f"suite {self.name!r} has no scenario {name!r}; it has: {', '.join(known)}")
-        return self.model_copy(update={"scenarios": tuple(s for s in self.scenarios if s.name in names)})
+        return self.model_copy(update={"scenarios": tuple(s for s in self.scenarios if s.name in names), "skipped": ()})
 
 
 def shipped_suites() -> list[str]:
@@ -211,6 +288,9 @@ def find_suite(reference: str) -> Path:
 def load_suite(reference: str | Path) -> Suite:
     """Read a suite by path or shipped name; relative paths in it start at its folder.
 
+    A path that starts with ``$JEVONS_TRACES`` is looked up in the folder that this environment variable names. Without
+    it, or where the file is not there, the scenario is skipped, and `Suite.skipped` says so.
+
     Raises:
         ConfigError: with the file, the scenario, the field and what was expected; also when a trace file is missing.
     """
@@ -225,11 +305,17 @@ def load_suite(reference: str | Path) -> Suite:
         raise ConfigError(f"{path}: field defaults: expected a mapping")
     if not isinstance(raw, list) or not raw:
         raise ConfigError(f"{path}: field scenarios: expected a list of at least one scenario")
-    scenarios = [_scenario(entry, defaults, index, path) for index, entry in enumerate(raw)]
-    return parse_model({"name": path.stem, **data, "scenarios": scenarios}, Suite, str(path))
+    if "skipped" in data:
+        raise ConfigError(f"{path}: field skipped: is set when the suite is read")
+    found = [_scenario(entry, defaults, index, path) for index, entry in enumerate(raw)]
+    scenarios = [item for item in found if isinstance(item, Scenario)]
+    skipped = [item for item in found if isinstance(item, Skipped)]
+    if not scenarios:
+        raise ConfigError(f"{path}: no scenario can run here: {skipped[0].reason}")
+    return parse_model({"name": path.stem, **data, "scenarios": scenarios, "skipped": skipped}, Suite, str(path))
 
 
-def _scenario(entry: object, defaults: dict[str, Any], index: int, path: Path) -> Scenario:
+def _scenario(entry: object, defaults: dict[str, Any], index: int, path: Path) -> Scenario | Skipped:
     if not isinstance(entry, dict):
         raise ConfigError(f"{path}: field scenarios.{index}: expected a mapping")
     where = f"{path}: scenario {str(entry.get('name', f'number {index + 1}'))!r}"
@@ -241,11 +327,37 @@ def _scenario(entry: object, defaults: dict[str, Any], index: int, path: Path) -
         merged["pools"] = resolve_engines(merged.get("pools"), path.parent)
     except ConfigError as error:
         raise ConfigError(f"{where}: field pools: {error}") from None
-    source = merged.get("trace")
-    if isinstance(source, dict) and isinstance(source.get("file"), str):
-        merged["trace"] = {**source, "file": path.parent / source["file"]}
+    source, optional = merged.get("trace"), False
+    if isinstance(source, dict):
+        merged["trace"], optional = _located(source, path.parent)
     scenario = parse_model(merged, Scenario, where)
-    file = scenario.trace.file
-    if file is not None and not file.is_file():
+    for file in scenario.trace.files:
+        if file.is_file():
+            continue
+        if optional:
+            folder = os.environ.get(TRACES_VARIABLE)
+            told = f"{file.name} is not in {folder}" if folder else f"{TRACES_VARIABLE} is not set"
+            return Skipped(scenario.name, f"needs recorded traces: {told}")
         raise ConfigError(f"{where}: field trace.file: {file}: no such file")
     return scenario
+
+
+def _located(source: dict[str, Any], folder: Path) -> tuple[dict[str, Any], bool]:
+    """A raw trace source with its paths resolved, and whether they are in the optional folder of recorded traces."""
+    optional = False
+
+    def resolved(value: object) -> object:
+        nonlocal optional
+        if not isinstance(value, str):
+            return value
+        first, *rest = Path(value).parts
+        if first == f"${TRACES_VARIABLE}":
+            optional = True
+            return Path(os.environ.get(TRACES_VARIABLE) or ".", *rest)
+        return folder / value
+
+    located = {**source, **({"file": resolved(source["file"])} if "file" in source else {})}
+    if isinstance(source.get("rates"), dict):
+        rates = source["rates"]
+        located["rates"] = {**rates, **{name: resolved(rates[name]) for name in ("file", "lengths") if name in rates}}
+    return located, optional

@@ -24,6 +24,8 @@ HOUR_S = 3600.0
 MIN_REQUESTS_PER_HOUR = 30
 """An hour with fewer arrivals says nothing about attainment and is no candidate for the worst one."""
 UNLABELLED = "(none)"
+REFERENCE = "reference"
+"""`tuned` of the rows that no policy made: bound, plan, best static fleet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Score:
-    """One scenario, policy and seed: a row of the result. NaN where a figure is not defined.
+    """One scenario, policy, tuning and seed: a row of the result. NaN where a figure is not defined.
 
     Dollars, tokens, replica time and `preemptions` are as of the horizon, the end of the trace; attainment, latencies,
     `finished` and `rejected` are over every arrival, including those served after the horizon.
@@ -114,6 +116,18 @@ class Score:
     usd_by_model: dict[str, float] = field(default_factory=dict)
     guardrail_ticks: dict[str, int] = field(default_factory=dict)
 
+    def with_cost(self, usd: float, usd_per_mtok: float, replica_hours: float, wall_s: float) -> Score:
+        """This row with a cost that holds the SLO."""
+        return replace(
+            self,
+            usd=usd,
+            usd_per_mtok=usd_per_mtok,
+            usd_per_good_mtok=usd_per_mtok,
+            replica_hours=replica_hours,
+            holds_slo=True,
+            wall_s=wall_s,
+        )
+
     def row(self) -> dict[str, Any]:
         """The fields as JSON has them: NaN is null."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
@@ -125,6 +139,21 @@ AVERAGED: tuple[str, ...] = tuple(
 """Columns that are averaged over seeds."""
 
 
+def unscored(scenario: str, name: str, seed: int, trace: Trace, horizon_s: float) -> Score:
+    """The row of what was computed and not run: figures that only a replay has are NaN or 0."""
+    blank: dict[str, Any] = {
+        item.name: float("nan") if item.type == "float" else 0 for item in fields(Score) if item.name in AVERAGED
+    }
+    return Score(
+        **{**blank, "requests": len(trace), "horizon_s": horizon_s, "wall_s": 0.0},
+        scenario=scenario,
+        policy=name,
+        tuned=REFERENCE,
+        seed=seed,
+        holds_slo=False,
+    )
+
+
 def score(
     spec: ScalingSpec,
     trace: Trace,
@@ -134,7 +163,7 @@ def score(
     finish_s: Floats,
     preemptions: int,
     horizon_s: float,
-    label: tuple[str, str, int],
+    label: tuple[str, str, str, int],
 ) -> Score:
     """Score one service of a replay.
 
@@ -147,7 +176,7 @@ def score(
         finish_s: (requests,) when each finished, NaN when never.
         preemptions: as of the horizon.
         horizon_s: end of the billed time.
-        label: scenario, policy and seed.
+        label: scenario, policy, how it was tuned, and seed.
     """
     replica_s = usage.replica_s[row]
     bill = Bill(spec, len(replica_s))
@@ -164,8 +193,8 @@ def score(
     return Score(
         scenario=label[0],
         policy=label[1],
-        tuned="default",
-        seed=label[2],
+        tuned=label[2],
+        seed=label[3],
         attainment=attained,
         ttft_attainment=float(verdicts.ttft_ok.mean()),
         tpot_attainment=float(verdicts.tpot_ok.mean()),

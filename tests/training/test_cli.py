@@ -70,7 +70,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_report(suite, tmp_path):
     assert result.exit_code == 0, result.output
     assert "chat: TTFT 1 s, TPOT 50 ms for 99.0%" in result.stdout
     assert "hpa" in result.stdout
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text())
     assert [(row["scenario"], row["policy"], row["seed"]) for row in rows] == [
         ("chat", "static", 0),
         ("chat", "hpa", 0),
@@ -82,12 +82,13 @@ def test_evaluate_prints_a_table_and_writes_json_and_report(suite, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--suite", "big"), "error: no suite named 'big'; shipped suites: demo, gate, smoke"),
+        (("--suite", "big"), "error: no suite named 'big'; shipped suites: demo, dev, full, gate, smoke"),
         (("--suite", "none.yaml"), "error: none.yaml: no such file"),
         (("--policy", "vpa"), "error: unknown policy 'vpa'"),
         (("--policy", ","), "error: no policy named"),
         (("--policy", "none.zip"), "none.zip: no such policy bundle"),
         (("--policy", "static", "--scenario", "night"), "has no scenario 'night'; it has: chat"),
+        (("--policy", "static", "--tuned", "train,best"), "tuned 'best': expected default, train, self, hindsight"),
         (("--policy", "static", "--json", "no/folder/out.json"), "the folder no/folder does not exist"),
     ],
 )
@@ -155,3 +156,35 @@ def test_an_empty_trace_file_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     options = ("--engine", "llama-3.1-8b-h100", "--replicas", 1)
     assert "is empty" in refusal("simulate", "--trace", tmp_path / "empty.csv", *options)
+
+
+def test_what_if_sweeps_cold_starts_and_objectives_of_a_trace_of_ones_own(tmp_path):
+    trace, out, page = tmp_path / "mine.csv", tmp_path / "out.json", tmp_path / "report.html"
+    requests = "".join(f"{second},200,20\n" for second in range(200))
+    trace.write_text(f"arrival_s,prompt_tokens,output_tokens\n{requests}")
+    sweep = ("--policy", "keda,static:replicas=1", "--cold-start", "60,300", "--ttft", "1,3")
+    result = call(
+        "what-if", "--trace", trace, *sweep, "--json", out, "--report", page, "--cache", tmp_path, "--jobs", 1
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())
+    assert len(rows) == 2 * 2 * 2
+    assert rows[0]["scenario"] == "cold start 60 s, TTFT 1 s"
+    assert "Cost over the sweep" in page.read_text()
+
+
+def test_what_if_refuses_bad_numbers_in_one_sentence(log):
+    assert "--ttft: expected numbers above 0" in refusal("what-if", "--trace", log, "--ttft", "1,fast")
+    assert "--attainment: expected a share" in refusal("what-if", "--trace", log, "--attainment", "95")
+
+
+def test_tune_prints_the_settings_and_writes_them(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tuning.TRIALS_PER_PARAMETER", 0)
+    monkeypatch.setattr("training.tuning.WIDENINGS", 0)
+    out = tmp_path / "tuned.json"
+    options = ("--policy", "static", "--cache", tmp_path / "cache", "--json", out, "--jobs", 1)
+    result = call("tune", "--suite", suite, *options)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(out.read_text())
+    assert (found["policy"], found["part"], found["trials"]) == ("static", "train", 8)
+    assert (tmp_path / "cache" / "studies.db").is_file()

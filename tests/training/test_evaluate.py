@@ -12,9 +12,9 @@ from policies.fleet import Fleet
 from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
-from training import evaluate as judging
 from training import lineup
 from training.evaluate import bootstrap_interval, evaluate, run_cell
+from training.replay import read_horizon
 from training.scenarios import Scenario, Suite
 from training.scores import UNLABELLED, judge, split_bill, worst_hour
 
@@ -318,7 +318,7 @@ def test_counters_of_the_cluster_agree_with_the_verdicts():
     scenario = make(seeds=[0])
     trace = scenario.requests(0)
     cluster = SimulatedCluster.replay([scenario.spec], [trace], [0])
-    usage, _ = judging.read_horizon(cluster, 900.0)
+    usage, _ = read_horizon(cluster, 900.0)
     cluster.wait_until(3600.0)
     now = cluster.arrays
     verdicts = judge(trace.arrival_s, now.first_token_s, now.finish_s, trace.output_tokens, scenario.slo)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import polars as pl
 import pytest
 import yaml
 
@@ -101,7 +102,7 @@ def test_overrides_reach_the_scaling_spec(tmp_path):
     ("fields", "sentence"),
     [
         ({"trace": {"file": "none.csv"}}, "scenario 'one': field trace.file: .*none.csv: no such file"),
-        ({"trace": {}}, "scenario 'one': field trace: .*expected either file or generator"),
+        ({"trace": {}}, "scenario 'one': field trace: .*expected one of file, rates and generator"),
         ({"trace": {"generator": {"profile": "chat", "duration_s": 60}}}, "field trace.generator.mean_rps: Field req"),
         ({"pools": [{**POOL, "engine": "gpt-9"}]}, "scenario 'one': field pools: no engine profile named 'gpt-9'"),
         ({"pools": [{**POOL, "max_replicas": 0}]}, "scenario 'one': field pools.0.max_replicas: .*greater"),
@@ -170,3 +171,85 @@ def test_shipped_suites_load(name):
     suite = load_suite(name)
     assert suite.name == name
     assert suite.description
+
+
+TRACES = {"file": "$JEVONS_TRACES/log.csv"}
+
+
+def optional_suite(tmp_path, trace):
+    pools = [{"engine": "llama-3.1-8b-h100", "max_replicas": 2}]
+    both = [
+        {"name": "made", "trace": {"generator": {"profile": "chat", "duration_s": 60, "mean_rps": 1}}},
+        {"name": "recorded", "trace": trace, "slice": [10, 20], "train_slice": [0, 10]},
+    ]
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        yaml.safe_dump({"defaults": {"pools": pools, "slo": {"ttft_s": 1, "tpot_s": 0.1}}, "scenarios": both})
+    )
+    return path
+
+
+@pytest.mark.parametrize("folder", [None, "empty"])
+def test_a_scenario_without_its_recorded_trace_is_skipped_and_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("JEVONS_TRACES", raising=False)
+    if folder:
+        monkeypatch.setenv("JEVONS_TRACES", str(tmp_path / folder))
+    suite = load_suite(optional_suite(tmp_path, TRACES))
+    told = f"log.csv is not in {tmp_path / folder}" if folder else "JEVONS_TRACES is not set"
+    assert [scenario.name for scenario in suite.scenarios] == ["made"]
+    assert [(item.name, item.reason) for item in suite.skipped] == [("recorded", f"needs recorded traces: {told}")]
+
+
+def test_a_recorded_trace_in_the_named_folder_is_real_traffic(tmp_path, monkeypatch):
+    monkeypatch.setenv("JEVONS_TRACES", str(tmp_path))
+    (tmp_path / "log.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n12,10,5\n30,10,5\n")
+    made, recorded = load_suite(optional_suite(tmp_path, TRACES)).scenarios
+    assert [made.trace.kind, recorded.trace.kind] == ["generated", "real"]
+    assert [len(recorded.requests(0)), len(recorded.training().requests(0))] == [1, 1]
+
+
+def test_requests_are_made_from_measured_client_rates_at_native_scale(tmp_path, monkeypatch):
+    monkeypatch.setenv("JEVONS_TRACES", str(tmp_path))
+    (tmp_path / "log.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n12,20,6\n")
+    rates = {"window_start_s": [0, 600], "client_id": [1, 1], "rate_rps": [5.0, 1.0], "iat_cv": [1.0, 1.0]}
+    pl.DataFrame(rates).write_parquet(tmp_path / "rates.parquet")
+    source = {"rates": {"file": "$JEVONS_TRACES/rates.parquet", "lengths": "$JEVONS_TRACES/log.csv"}}
+    path = optional_suite(tmp_path, source)
+    path.write_text(path.read_text().replace("- 10\n  - 20", "- 600\n  - 1200").replace("- 0\n  - 10", "- 0\n  - 600"))
+    _, recorded = load_suite(path).scenarios
+    train = recorded.training()
+    assert (recorded.slice, train.slice) == ((600.0, 1200.0), (0.0, 600.0))
+    assert len(train.requests(0)) == pytest.approx(3000, rel=0.1)
+    assert len(recorded.requests(0)) == pytest.approx(600, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"train_slice": [0, 15], "slice": [10, 20]}, "must not overlap"),
+        ({"train_slice": [0, 15]}, "must not overlap"),
+        ({"train_slice": [9, 3], "slice": [10, 20]}, "must end after its start"),
+        ({"seeds": [0, 1], "train_seeds": [1]}, "train_seeds must differ from seeds"),
+    ],
+)
+def test_policies_are_never_tuned_on_what_they_are_judged_on(fields, sentence, tmp_path):
+    path = optional_suite(tmp_path, {"generator": {"profile": "chat", "duration_s": 60, "mean_rps": 1}})
+    data = yaml.safe_load(path.read_text())
+    data["scenarios"] = [{**data["scenarios"][0], **fields}]
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=sentence):
+        load_suite(path)
+
+
+def test_the_full_suite_covers_the_axes():
+    """Sixteen scenarios and more without any recorded trace."""
+    suite = load_suite("full")
+    scenarios = suite.scenarios
+    assert len(scenarios) >= 16
+    profiles = {scenario.trace.generator.profile for scenario in scenarios if scenario.trace.generator}
+    assert profiles == {"chat", "code", "reasoning", "agentic", "diurnal_mix", "flash_crowd", "regime_change"}
+    assert {pool.start.total_s for scenario in scenarios for pool in scenario.pools} >= {0, 60, 120, 300}
+    assert {len(scenario.pools) for scenario in scenarios} == {1, 2}
+    assert any(pool.price_class == "spot" for scenario in scenarios for pool in scenario.pools)
+    assert len({pool.engine.name for scenario in scenarios for pool in scenario.pools}) >= 5
+    assert len({scenario.slo for scenario in scenarios}) >= 5

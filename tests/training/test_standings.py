@@ -1,0 +1,121 @@
+import math
+
+import pytest
+from worlds import tiny_trace
+
+from training.evaluate import Evaluation
+from training.scoreboard import page
+from training.scores import REFERENCE, unscored
+from training.standings import FLAT_FIELDS, best_peer, flat_rows, geometric_mean, scenario_rows, standings_of
+
+
+def scored(policy, usd, holds=True, tuned="default", scenario="one", seed=0):
+    row = unscored(scenario, policy, seed, tiny_trace(), 900.0).with_cost(usd, usd / 2, usd / 10, 0.0)
+    from dataclasses import replace
+
+    computed = policy == "bound"
+    return replace(row, tuned=tuned, holds_slo=holds, attainment=math.nan if computed else 0.97 if holds else 0.5)
+
+
+def scenario_of(name="one", source="generated", servable=True):
+    return {
+        "name": name,
+        "description": "what it is",
+        "source": source,
+        "servable": servable,
+        "slo": {"ttft_s": 1.0, "tpot_s": 0.05, "attainment": 0.95},
+        "pools": [
+            {
+                "engine": "e",
+                "max_replicas": 4,
+                "usd_per_gpu_hour": 2.0,
+                "price_class": "on_demand",
+                "cold_start_s": 60.0,
+            }
+        ],
+    }
+
+
+ROWS = (
+    scored("hpa", 30.0),
+    scored("hpa", 18.0, tuned="train"),
+    scored("hpa", 12.0, tuned="hindsight"),
+    scored("knative", 9.0, holds=False),
+    scored("reactive", 15.0, tuned="self"),
+    scored("bound", 8.0, tuned=REFERENCE),
+    scored("plan", 10.0, tuned=REFERENCE),
+)
+
+
+@pytest.fixture
+def judged() -> Evaluation:
+    return Evaluation("toy", ROWS, (scenario_of(),), (), {"jevons": "1"})
+
+
+def test_flat_rows_have_exactly_the_documented_fields_and_ratios_of_dollars(judged):
+    rows = flat_rows(judged)
+    assert {tuple(row) for row in rows} == {FLAT_FIELDS}
+    assert [(row["policy"], row["tuned"], row["cost_vs_plan"], row["cost_vs_best_peer"]) for row in rows] == [
+        ("hpa", "default", 3.0, 30 / 18),
+        ("hpa", "train", 1.8, 1.0),
+        ("hpa", "hindsight", 1.2, 12 / 18),
+        ("knative", "default", None, None),
+        ("reactive", "self", 1.5, 15 / 18),
+        ("bound", "reference", 0.8, 8 / 18),
+        ("plan", "reference", 1.0, 10 / 18),
+    ]
+
+
+def test_a_row_that_misses_the_slo_is_not_compared(judged):
+    missed = flat_rows(judged)[3]
+    assert (missed["holds_slo"], missed["cost_vs_plan"], missed["cost_vs_bound"]) == (False, None, None)
+
+
+def test_the_best_peer_needs_no_foresight_unless_asked(judged):
+    rows = scenario_rows(judged)
+    assert best_peer(rows)["tuned"] == "train"
+    assert best_peer(rows, ("hindsight",))["usd"] == 12.0
+    assert best_peer([row for row in rows if row["tuned"] == "self"]) is None
+
+
+def test_over_scenarios_means_are_geometric_and_say_how_many_were_held():
+    rows = [
+        *(scored("plan", 10.0, tuned=REFERENCE, scenario=name) for name in ("one", "two", "three")),
+        scored("hpa", 20.0, scenario="one"),
+        scored("hpa", 80.0, scenario="two"),
+        scored("hpa", 1.0, holds=False, scenario="three"),
+    ]
+    scenarios = tuple(scenario_of(name) for name in ("one", "two", "three"))
+    judged = Evaluation("toy", tuple(rows), scenarios, ())
+    plan, hpa = standings_of(scenario_rows(judged), scenarios, "generated")
+    assert (plan.policy, hpa.held, hpa.scenarios) == ("plan", 2, 3)
+    mean, low, high = hpa.cost_vs_plan
+    assert (mean, low, high) == (pytest.approx(4.0), pytest.approx(2.0), pytest.approx(8.0))
+
+
+def test_a_scenario_that_not_even_the_plan_holds_counts_for_nobody():
+    scenarios = (scenario_of(servable=False),)
+    judged = Evaluation("toy", (scored("hpa", 1.0),), scenarios, ())
+    assert standings_of(scenario_rows(judged), scenarios, "generated") == []
+
+
+def test_the_mean_of_nothing_is_none():
+    assert geometric_mean([]) is None
+
+
+def test_the_page_names_the_best_peer_by_tuning_beside_plan_and_bound(judged):
+    text = page(judged.to_json())
+    assert (
+        "| one | 4.000 (0.80) | 5.000 (1.00) | - | 15.000 (3.00) hpa | 9.000 (1.80) hpa | - | 6.000 (1.20) hpa |"
+        in text
+    )
+    assert "| knative | peer | 0/1 |" in text
+
+
+def test_the_page_labels_scenarios_that_cannot_be_held_or_were_skipped():
+    details = Evaluation(
+        "toy", ROWS, (scenario_of(servable=False),), (), skipped=({"name": "real", "reason": "needs recorded traces"},)
+    ).to_json()
+    text = page(details)
+    assert "Not even the clairvoyant plan holds the SLO of: one." in text
+    assert "| real | skipped: needs recorded traces | | |" in text

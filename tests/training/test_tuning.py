@@ -1,0 +1,136 @@
+import dataclasses
+
+import pytest
+from worlds import chat
+
+from policies.baselines.parameters import Parameter
+from policies.engine import ConfigError
+from training import tuning
+from training.evaluate import evaluate
+from training.lineup import reference_of
+from training.result_cache import ResultCache
+from training.tuning import BATCH, Question, parameters_for, trials_for, try_settings, tune
+from training.workers import InProcess
+
+
+class Counting(InProcess):
+    """In-process workers that count, and that are cut off after a number of tasks."""
+
+    def __init__(self, until: int = 10**6) -> None:
+        super().__init__()
+        self.tasks = 0
+        self.until = until
+
+    def next_done(self):
+        if self.tasks == self.until:
+            raise KeyboardInterrupt
+        self.tasks += 1
+        return super().next_done()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(tuning, "TRIALS_PER_PARAMETER", 0)
+    monkeypatch.setattr(tuning, "WIDENINGS", 1)
+
+
+QUESTION = Question(chat(), "token-demand", "train")
+
+
+def test_the_answer_is_the_cheapest_setting_that_was_run_and_held(quick):
+    (answer,) = tune([QUESTION], InProcess(), ResultCache(None))
+    (found,) = try_settings(chat().training(), [reference_of("token-demand", answer.settings)])
+    assert answer.holds_slo
+    assert found == (answer.attainment, answer.usd)
+    assert answer.trials >= BATCH
+
+
+def test_side_by_side_settings_score_as_each_alone():
+    references = ["hpa:target_share=0.2", "reactive", "knative+self"]
+    alone = [try_settings(chat(), [reference])[0] for reference in references]
+    assert try_settings(chat(), references) == alone
+
+
+def test_a_study_that_was_cut_off_goes_on_and_ends_the_same(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TRIALS_PER_PARAMETER", BATCH)
+    questions = [Question(chat(), "static", "hindsight")]
+    (whole,) = tune(questions, InProcess(), ResultCache(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        tune(questions, Counting(until=1), ResultCache(tmp_path / "cut"))
+    rest = Counting()
+    (resumed,) = tune(questions, rest, ResultCache(tmp_path / "cut"))
+    assert resumed == whole
+    assert rest.tasks == whole.trials // BATCH - 1
+
+
+def test_an_answer_is_kept_by_digest(quick, tmp_path):
+    cache = ResultCache(tmp_path)
+    first = tune([QUESTION], InProcess(), cache)
+    again, other = Counting(), Counting()
+    assert tune([QUESTION], again, cache) == first
+    tune([dataclasses.replace(QUESTION, part="hindsight")], other, cache)
+    assert (again.tasks, other.tasks > 0) == (0, True)
+
+
+def test_policies_without_parameters_and_parameters_without_use_are_left_out():
+    assert tune([Question(chat(), "hpa:tolerance=0.2", "train")], InProcess(), ResultCache(None)) == []
+    assert "spot_share" not in {item.name for item in parameters_for("token-demand", chat())}
+
+
+def test_more_parameters_get_more_trials_up_to_a_limit():
+    one = Parameter("x", 1.0, 0.0, 2.0)
+    assert [trials_for([one] * count) for count in (1, 2, 9)] == [16, 24, 24]
+
+
+@pytest.mark.parametrize(
+    ("item", "value", "edge", "wider"),
+    [
+        (Parameter("x", 1.0, 1.0, 16.0, log=True), 1.0, "low", (0.25, 16.0)),
+        (Parameter("x", 1.0, 1.0, 16.0, log=True), 16.0, "high", (1.0, 64.0)),
+        (Parameter("x", 1.0, 0.0, 2.0, zero=True), 0.0, "", (0.0, 2.0)),
+        (Parameter("x", 1.0, 0.5, 1.0, most=1.0), 1.0, "", (0.5, 1.0)),
+        (Parameter("x", 1.0, 0.0, 2.0), 2.0, "high", (0.0, 3.0)),
+        (Parameter("x", 1, 1, 9, whole=True), 1, "", (1, 9)),
+        (Parameter("x", "a", choices=("a", "b")), "a", "", (0.0, 0.0)),
+    ],
+)
+def test_an_optimum_on_an_edge_widens_the_range_unless_nothing_lies_beyond(item, value, edge, wider):
+    span = (item.low, item.high)
+    assert tuning._edge(item, span, {"x": value}) == edge
+    assert tuning._widened(item, span, edge) == wider
+
+
+def test_the_train_slice_is_other_traffic_than_what_is_judged():
+    scenario = chat(seeds=[3, 4])
+    train = scenario.training()
+    assert set(train.seeds).isdisjoint(scenario.seeds)
+    cut = chat(slice=("5m", "10m"), train_slice=("0m", "5m")).training()
+    assert (cut.slice, cut.seeds) == ((0.0, 300.0), (0,))
+
+
+def test_tuned_and_references_stand_on_one_table(quick):
+    judged = evaluate(
+        tuning_suite(), ["token-demand", "static:replicas=3", "bound", "plan"], tuned=["train", "self", "hindsight"]
+    )
+    assert [(row.policy, row.tuned) for row in judged.rows] == [
+        ("token-demand", "train"),
+        ("token-demand", "self"),
+        ("token-demand", "hindsight"),
+        ("static:replicas=3", "default"),
+        ("bound", "reference"),
+        ("plan", "reference"),
+    ]
+    assert judged.scenarios[0]["servable"] is True
+    assert [item["part"] for item in judged.tunings] == ["train", "hindsight"]
+
+
+def tuning_suite():
+    from worlds import suite_of
+
+    return suite_of(chat())
+
+
+def test_a_recorded_scenario_must_say_what_to_tune_on(tmp_path):
+    scenario = chat(trace={"file": tmp_path / "x.csv"})
+    with pytest.raises(ConfigError, match="tuning on a recorded trace needs train_slice"):
+        tune([Question(scenario, "hpa", "train")], InProcess(), ResultCache(None))

@@ -1,0 +1,123 @@
+"""One piece of an evaluation: a scenario under one policy, all seeds side by side, or under its references.
+
+This module must not know which pieces there are, nor where they run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from policies.contract import Policy
+from training.lineup import Entry, build, starting_spec
+from training.oracle import bound_scores, find, no_timeline, timetable_policy, timetable_world
+from training.replay import World
+from training.result_cache import ResultCache
+from training.scenarios import Scenario
+from training.scores import REFERENCE, Bill, Score, score
+from training.timeline import FIRST, Timeline, TimelineRecorder
+from training.timetable import Timetable
+from training.tuning import traces_of
+
+DEFAULT = "default"
+"""`tuned` of a policy whose parameters are those of its reference."""
+
+
+class Variant(NamedTuple):
+    """A policy as it is run on one scenario: what was asked for, how it was tuned, and the settings that came of it."""
+
+    policy: str
+    tuned: str
+    entry: Entry
+
+
+class Cell(NamedTuple):
+    """One scenario under one policy, all seeds side by side."""
+
+    scores: tuple[Score, ...]
+    timeline: Timeline
+    trace_digests: tuple[str, ...]
+
+
+def label(policy: str, tuned: str) -> str:
+    """How a policy is called where its tuning must be told too.
+
+    >>> label("hpa", "train"), label("hpa", "default"), label("plan", "reference")
+    ('hpa (train)', 'hpa', 'plan')
+    """
+    return policy if tuned in {DEFAULT, REFERENCE} else f"{policy} ({tuned})"
+
+
+def run_cell(scenario: Scenario, entry: Entry, policy: str | None = None, tuned: str = DEFAULT) -> Cell:
+    """Replay all seeds of a scenario side by side under one policy, and score them.
+
+    Args:
+        scenario: what to judge on.
+        entry: the policy.
+        policy: name in the table; the entry's reference when None.
+        tuned: how its settings came about.
+    """
+    started_s = time.perf_counter()
+    spec = starting_spec(entry, scenario.spec)
+    traces = traces_of(scenario)
+    world = World([spec] * len(traces), traces, scenario.seeds)
+    built = build(entry, world.fleet, spec.interface)
+    return score_cell(world, built, scenario, policy or entry.reference, tuned, started_s)
+
+
+def run_references(scenario: Scenario, names: Sequence[str], cache: ResultCache) -> list[Cell]:
+    """The cells of the named references, in order."""
+    traces = traces_of(scenario)
+    digests = tuple(trace.digest() for trace in traces)
+    cells = []
+    plans: list[dict[str, Timetable]] = []
+    for name in names:
+        started_s = time.perf_counter()
+        if name == "bound":
+            nothing = no_timeline(tuple(pool.label for pool in scenario.spec.pools))
+            cells.append(Cell(bound_scores(scenario, traces), nothing, digests))
+            continue
+        plans = plans or [
+            find(scenario, trace, seed, cache) for trace, seed in zip(traces, scenario.seeds, strict=True)
+        ]
+        chosen = [plan[name] for plan in plans]
+        world = timetable_world(scenario, traces, chosen)
+        cells.append(score_cell(world, timetable_policy(scenario, chosen), scenario, name, REFERENCE, started_s))
+    return cells
+
+
+def run_work(scenario: Scenario, what: Variant | tuple[str, ...], cache: ResultCache) -> list[Cell]:
+    """One piece of work of an evaluation."""
+    if isinstance(what, Variant):
+        return [run_cell(scenario, what.entry, what.policy, what.tuned)]
+    return run_references(scenario, what, cache)
+
+
+def score_cell(world: World, policy: Policy, scenario: Scenario, name: str, tuned: str, started_s: float) -> Cell:
+    """Replay a world whose services are the seeds of a scenario, and score them under the name `name`."""
+    spec = world.specs[0]
+    bill = Bill(spec, world.cluster.arrays.pools)
+    recorder = TimelineRecorder(
+        tuple(pool.label for pool in spec.pools), spent_usd=lambda: bill.total_usd(world.cluster.usage(), FIRST)
+    )
+    replay = world.run(policy, recorder)
+    timeline = recorder.timeline()
+    wall_s = (time.perf_counter() - started_s) / len(world.traces)
+    scores = []
+    for row, (trace, seed) in enumerate(zip(world.traces, scenario.seeds, strict=True)):
+        scored = score(
+            spec,
+            trace,
+            replay.usage,
+            row,
+            replay.verdicts(row),
+            replay.finish_s(row),
+            int(replay.preemptions[row]),
+            replay.horizon_s,
+            (scenario.name, name, tuned, seed),
+        )
+        ticks = timeline.reason_counts() if row == 0 else {}
+        scores.append(replace(scored, wall_s=wall_s, guardrail_ticks=ticks))
+    return Cell(tuple(scores), timeline, tuple(trace.digest() for trace in world.traces))

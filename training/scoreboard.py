@@ -1,0 +1,175 @@
+"""Writes ``docs/scoreboard.md`` from the details of an evaluation: ``make scoreboard``.
+
+This module must not know how the figures came about.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.cells import label
+from training.lineup import is_peer, is_rule
+from training.scores import REFERENCE
+from training.standings import MODES, Standing, add_ratios, best_peer, cheapest, standings_of
+
+Row = dict[str, Any]
+TITLES = {"generated": "Generated traffic", "real": "Recorded traffic"}
+
+
+def page(details: Row) -> str:
+    """The whole page, Markdown."""
+    rows: list[Row] = details["by_scenario"]
+    scenarios: list[Row] = details["scenarios"]
+    for scenario in scenarios:
+        add_ratios(_of(rows, scenario))
+    parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios))]
+    for source, title in TITLES.items():
+        chosen = [scenario for scenario in scenarios if scenario["source"] == source]
+        if not chosen:
+            continue
+        parts += [f"## {title}: the room that is left", _room(rows, chosen), _not_servable(chosen)]
+        parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source))]
+    parts += ["## Scenarios", _scenarios(scenarios, details["skipped"])]
+    parts += ["## Tuning", _tuning(details["tunings"])]
+    parts.append(_FOOT.format(versions=", ".join(f"{name} {version}" for name, version in details["versions"].items())))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_HEAD = """# Scoreboard
+
+What every policy costs on the suite `{suite}` ({scenarios} scenarios), beside three references that nobody can run:
+the *fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved
+in the simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and
+counted. `make scoreboard` writes this page from a clean checkout.
+
+Policies appear as their projects ship them (*default*), tuned on other traffic of the same kind (*train*), these
+settings moved at run time by the measured attainment (*self*), and tuned on the very traffic that they are judged on
+(*hindsight*, a gift that no operator gets). A policy that misses the attainment target has no cost here: `-`."""
+
+_FOOT = """---
+
+Written by `make scoreboard`; {versions}."""
+
+
+def _of(rows: Sequence[Row], scenario: Row) -> list[Row]:
+    return [row for row in rows if row["scenario"] == scenario["name"]]
+
+
+def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
+    """Per scenario: references, best peer by tuning, best rule of our own, the learned policy."""
+    columns: dict[str, Callable[[list[Row]], Row | None]] = {
+        "bound": lambda own: _reference(own, "bound"),
+        "plan": lambda own: _reference(own, "plan"),
+        "best static": lambda own: _reference(own, "best-static"),
+        "best peer, default": lambda own: best_peer(own, ("default",)),
+        "best peer, train": lambda own: best_peer(own, ("train",)),
+        "best peer, self": lambda own: best_peer(own, ("self",)),
+        "best peer, hindsight": lambda own: best_peer(own, ("hindsight",)),
+        "best own rule, train or self": lambda own: cheapest(
+            row for row in own if is_rule(row["policy"]) and row["tuned"] in {"train", "self"}
+        ),
+        "learned": lambda own: cheapest(row for row in own if row["policy"] == "learned"),
+    }
+    lines = [f"| scenario | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for scenario in scenarios:
+        own = _of(rows, scenario)
+        cells = [_cost(choose(own), name) for name, choose in columns.items()]
+        lines.append(f"| {scenario['name']} | {' | '.join(cells)} |")
+    lines += ["", "Dollars per million tokens; in brackets, the cost over the plan's; then the policy."]
+    return "\n".join(lines)
+
+
+def _reference(rows: Sequence[Row], name: str) -> Row | None:
+    return cheapest(row for row in rows if row["policy"] == name and row["tuned"] == REFERENCE)
+
+
+def _cost(row: Row | None, column: str) -> str:
+    if row is None:
+        return "-"
+    over = "" if row["cost_vs_plan"] is None else f" ({row['cost_vs_plan']:.2f})"
+    named = "" if row["tuned"] == REFERENCE or column == "learned" else f" {_named(row, column)}"
+    return f"{row['usd_per_mtok']:.3f}{over}{named}"
+
+
+def _named(row: Row, column: str) -> str:
+    return label(row["policy"], row["tuned"]) if "own" in column else str(row["policy"])
+
+
+def _not_servable(scenarios: Sequence[Row]) -> str:
+    names = [scenario["name"] for scenario in scenarios if scenario["servable"] is False]
+    return f"Not even the clairvoyant plan holds the SLO of: {', '.join(names)}." if names else ""
+
+
+def _every_policy(found: Sequence[Standing]) -> str:
+    """Held scenarios and geometric means of the cost over the plan, by tuning."""
+    by_name: dict[str, dict[str, Standing]] = {}
+    for item in found:
+        by_name.setdefault(item.policy, {})["default" if item.tuned == REFERENCE else item.tuned] = item
+    lines = [f"| policy | kind | {' | '.join(MODES)} |", f"|---|---|{'---|' * len(MODES)}"]
+    for name, modes in by_name.items():
+        kind = "peer" if is_peer(name) else "own rule" if is_rule(name) else "" if name == "learned" else "reference"
+        cells = [_standing(modes[mode]) if mode in modes else "" for mode in MODES]
+        lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Scenarios held, of those that can be held; then the cost over the plan's on those, geometric mean and the "
+        "bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at how "
+        "many were held first.",
+    ]
+    return "\n".join(lines)
+
+
+def _standing(item: Standing) -> str:
+    held = f"{item.held}/{item.scenarios}"
+    if item.cost_vs_plan is None:
+        return held
+    mean, low, high = item.cost_vs_plan
+    return f"{held}: {mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
+    lines = ["| scenario | what | SLO | pools |", "|---|---|---|---|"]
+    for scenario in scenarios:
+        slo = scenario["slo"]
+        pools = "; ".join(
+            f"{pool['max_replicas']} x {pool['engine']} at most, ${pool['usd_per_gpu_hour']:.2f} per GPU-hour, "
+            f"{pool['price_class'].replace('_', '-')}, {pool['cold_start_s']:.0f} s to start"
+            for pool in scenario["pools"]
+        )
+        promise = f"TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1000:g} ms, {slo['attainment']:.0%}"
+        lines.append(f"| {scenario['name']} | {scenario['description']} | {promise} | {pools} |")
+    lines += [f"| {item['name']} | skipped: {item['reason']} | | |" for item in skipped]
+    return "\n".join(lines)
+
+
+def _tuning(tunings: Sequence[Row]) -> str:
+    if not tunings:
+        return "Nothing was tuned."
+    runs = sum(item["trials"] for item in tunings)
+    lines = [
+        f"{len(tunings)} studies ran {runs:,} settings; only settings that were run count. "
+        "An optimum on the edge of its range widened the range and was searched on.",
+    ]
+    edges = [item for item in tunings if item["edges"]]
+    if edges:
+        lines += ["", "Still on an edge after that, or at the end of what makes sense:", ""]
+        lines += [
+            f"- {item['scenario']}, {item['policy']} ({item['part']}): {', '.join(item['edges'])}" for item in edges
+        ]
+    else:
+        lines.append("No optimum lies on an edge.")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``python -m training.scoreboard DETAILS.json PAGE.md``."""
+    source, target = (Path(argument) for argument in arguments)
+    target.write_text(page(json.loads(source.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
