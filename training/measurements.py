@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,13 +65,14 @@ QUANTITIES = {"step": "step time", "tpot": "TPOT mean", "ttft": "TTFT mean", "tt
 class Measured(Protocol):
     """A table that a model can be fitted to."""
 
-    measured: Mapping[str, Floats]
-    """Per quantity (a key of `QUANTITIES`), (rows,) seconds; NaN where not given."""
+    @property
+    def measured(self) -> Mapping[str, Floats]:
+        """Per quantity (a key of `QUANTITIES`), (rows,) seconds; NaN where not given."""
 
     def __len__(self) -> int:
         """Rows."""
 
-    def take(self, rows: NDArray[np.intp]) -> Measured:
+    def take(self, rows: NDArray[np.intp]) -> Self:
         """Only these rows."""
 
     def predict(self, coefficients: Floats) -> dict[str, Floats]:
@@ -97,9 +98,10 @@ class StepTimes:
     def __len__(self) -> int:
         return len(self.design)
 
-    def take(self, rows: NDArray[np.intp]) -> StepTimes:
+    def take(self, rows: NDArray[np.intp]) -> Self:
         """Only these rows."""
-        return StepTimes(self.design[rows], {name: values[rows] for name, values in self.measured.items()})
+        measured = {name: values[rows] for name, values in self.measured.items()}
+        return replace(self, design=self.design[rows], measured=measured)
 
     def predict(self, coefficients: Floats) -> dict[str, Floats]:
         """Step times, (rows,) seconds."""
@@ -149,7 +151,7 @@ class LoopLatencyTable:
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
-    def take(self, rows: NDArray[np.intp]) -> LoopLatencyTable:
+    def take(self, rows: NDArray[np.intp]) -> Self:
         """Only these rows."""
         return replace(
             self,
@@ -166,7 +168,7 @@ class LoopLatencyTable:
         protocol: LoadProtocol | None = None,
         max_num_batched_tokens: int | None = None,
         kv_share: float = 1.0,
-    ) -> LoopLatencyTable:
+    ) -> Self:
         """The same rows, measured in another way or on an engine with other limits.
 
         Args:
@@ -347,11 +349,10 @@ def _loop_table(
             LoadProtocol(requests_per_client=int(count), length_spread=float(spread))
             for count, spread in zip(counts, spreads, strict=True)
         )
-    whole: Callable[[str], NDArray[np.int64]] = lambda quantity: column(quantity).astype(np.int64)  # noqa: E731
     table = LoopLatencyTable(
-        prompt_tokens=whole("prompt_tokens"),
-        output_tokens=whole("output_tokens"),
-        concurrency=whole("concurrency"),
+        prompt_tokens=column("prompt_tokens").astype(np.int64),
+        output_tokens=column("output_tokens").astype(np.int64),
+        concurrency=column("concurrency").astype(np.int64),
         measured=measured,
         protocols=protocols,
         kv_capacity_tokens=limits.kv_capacity_tokens,

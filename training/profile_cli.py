@@ -101,7 +101,7 @@ def from_aiconfigurator(
     out: _Out,
     backend: Annotated[str, typer.Option("--backend", help="vllm, sglang or trtllm.")] = "vllm",
     backend_version: Annotated[
-        str | None, typer.Option("--backend-version", help="Version of the tables; the newest when left out.")
+        str | None, typer.Option("--backend-version", help="Version of the tables; the current one when left out.")
     ] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size.")] = 1,
     precision: Annotated[
@@ -133,7 +133,7 @@ def from_aiconfigurator(
         "model": model,
         "gpu": system,
         "backend": f"{backend} {estimated.backend_version}",
-        "precision": precision or estimated.precision,
+        "precision": precision or profile.precision,
         "gpus_per_replica": tp,
         "gpus_per_node": max(tp, profile.gpus_per_node),
         "kv_capacity_tokens": estimated.kv_capacity_tokens,

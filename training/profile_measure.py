@@ -65,11 +65,14 @@ class Sweep:
 
     def points(self) -> list[Point]:
         """Every combination; the corners come first, so that a sweep cut short still tells the coefficients apart."""
-        axes = [sorted(set(axis)) for axis in (self.prompt_tokens, self.output_tokens, self.concurrency)]
-        corners = list(itertools.product(*({axis[0], axis[-1]} for axis in axes)))
-        others = [point for point in itertools.product(*axes) if point not in corners]
+        prompts, outputs, clients = (
+            sorted(set(axis)) for axis in (self.prompt_tokens, self.output_tokens, self.concurrency)
+        )
+        ends = itertools.product({prompts[0], prompts[-1]}, {outputs[0], outputs[-1]}, {clients[0], clients[-1]})
+        corners = sorted(ends)
+        others = [point for point in itertools.product(prompts, outputs, clients) if point not in corners]
         order = np.random.default_rng(0).permutation(len(others))
-        return sorted(corners) + [others[index] for index in order]
+        return corners + [others[index] for index in order]
 
 
 @dataclass(frozen=True)
