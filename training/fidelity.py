@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +94,13 @@ def measured_sets(reference: Path) -> tuple[list[SetResult], list[tuple[str, int
     path = reference / LOOPS
     found: list[SetResult] = []
     thin: list[tuple[str, int]] = []
-    for where, label in _sets(path):
+    for where, label, rows in _sets(path):
+        if rows < FEWEST_ROWS:
+            thin.append((label, rows))
+            continue
         table = read_measurements(path, Limits(_capacity(reference, where), 8192), where)
         if not isinstance(table, LoopLatencyTable):
             raise ConfigError(f"{path}: expected closed-loop latencies, found step times")
-        if len(table) < FEWEST_ROWS:
-            thin.append((label, len(table)))
-            continue
         say(f"fitting {label}, {len(table)} rows")
         shares = KV_SHARES if table.saturated.any() else (1.0,)
         fit = fit_profile(table, candidates=unknown_conditions(kv_shares=shares), folds=FOLDS, bootstrap=0)
@@ -111,7 +112,7 @@ def step_sets(reference: Path) -> list[tuple[str, ErrorRow, ErrorRow]]:
     """Per set of estimated step times: label, in-sample and held-out error."""
     path = reference / STEPS
     found = []
-    for where, label in _sets(path):
+    for where, label, _ in _sets(path):
         table = read_measurements(path, Limits(1, 1), where)
         fit = fit_profile(table, folds=FOLDS, bootstrap=0)
         found.append((label, fit.errors(held_out=False)[0], fit.errors(held_out=True)[0]))
@@ -137,15 +138,15 @@ def shipped_rows(sets: Sequence[SetResult]) -> list[tuple[str, str, ErrorRow, Er
     return rows
 
 
-def _sets(path: Path) -> Iterator[tuple[dict[str, str], str]]:
-    """Conditions that choose one engine's rows, and its label."""
+def _sets(path: Path) -> Iterator[tuple[dict[str, str], str, int]]:
+    """Conditions that choose one engine's rows, its label and its number of rows."""
     with path.open(newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
         columns = [column for column in SET_COLUMNS if column in (reader.fieldnames or ())]
-        keys = dict.fromkeys(tuple(row[column] for column in columns) for row in reader)
-    for key in keys:
+        keys = Counter(tuple(row[column] for column in columns) for row in reader)
+    for key, rows in keys.items():
         where = dict(zip(columns, key, strict=True))
-        yield where, _label(where)
+        yield where, _label(where), rows
 
 
 def _label(where: dict[str, str]) -> str:
