@@ -37,6 +37,12 @@ SPEEDS = (
 )
 BENCH_FIGURE = "simulator_requests_per_s_200000"
 WORST_LISTED = 12
+CLIENT_BINS = (
+    ("up to 16 clients", 1, 16),
+    ("17 to 64", 17, 64),
+    ("65 to 127", 65, 127),
+    ("128 and more", 128, 1 << 30),
+)
 
 INTRODUCTION = """\
 # Fidelity: how far the cluster model is from measured engines
@@ -93,24 +99,26 @@ def page(
         ),
         f"\n## The {WORST_LISTED} worst rows, held out\n",
         _table(("set", "prompt + output", "clients", "quantity", "measured ms", "predicted ms", "error"), _worst(sets)),
+        "\n## TTFT by number of clients\n\nMean error, held out, unsaturated rows; in brackets the rows.\n",
+        _table(("set", *(label for label, _, _ in CLIENT_BINS)), [_client_cells(result) for result in sets]),
         "\n" + notes.strip() + "\n",
         "\n## Shipped profiles against measured rows\n\nThe shipped profiles were fitted on aiconfigurator's estimates,"
-        " on no measured row. Here they predict the measured sets, whose engine, version or flags may differ:\n",
+        " on no measured row.\nHere they predict the measured sets, whose engine, version or flags may differ:\n",
         _table(
             ("profile", "measured set", "TPOT median / mean", "TTFT median / mean"),
             [[name, label, _two(tpot), _two(ttft)] for name, label, tpot, ttft in shipped],
         ),
-        "\n## Estimated step times\n\nOne iteration's time by prefill tokens, batch and context, estimated by "
+        "\n## Estimated step times\n\nOne iteration's time by prefill tokens, batch and context, estimated by\n"
         f"aiconfigurator for {len(steps)} pairs of model and engine, and how well the five coefficients follow.\n",
         _step_table(steps),
         *([_live(live)] if live else []),
         "\n## Beside published simulators\n",
         _table(("simulator", "error", "TTFT", "what the figure covers"), [_ours(sets), *map(list, PUBLISHED)]),
         "\nThe figures are not of the same experiment: they cover other rows, quantities and engines, and are cited"
-        " from their authors.\n\n## Speed\n",
+        "\nfrom their authors.\n\n## Speed\n",
         _table(("simulator", "simulates", "CPU ms per request"), _speeds(bench)),
-        "\nOurs: one core, `make bench`, Poisson arrivals on 8 replicas of an 8B model; theirs: as measured on other "
-        "machines and loads of similar size.\n",
+        "\nOurs: one core, `make bench`, Poisson arrivals on 8 replicas of an 8B model; theirs: single runs of "
+        "other traffic.\nThe figures say by what order of magnitude they differ, no more.\n",
     ]
     return "".join(part if part.endswith("\n") else part + "\n" for part in parts)
 
@@ -172,6 +180,15 @@ def _coefficient_cells(result: SetResult) -> Cells:
         *(f"{value:.4g}" for value in result.fit.step.model_dump().values()),
         str(result.fit.conditions),
     ]
+
+
+def _client_cells(result: SetResult) -> Cells:
+    cells = [result.label]
+    for _, least, most in CLIENT_BINS:
+        clients = result.table.concurrency
+        rows = (clients >= least) & (clients <= most) & ~result.saturated
+        cells.append(f"{result.held_out('ttft', rows).mean():.1%} ({int(rows.sum())})" if rows.any() else "-")
+    return cells
 
 
 def _worst(sets: Sequence[SetResult]) -> list[Cells]:

