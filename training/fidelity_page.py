@@ -47,7 +47,8 @@ CLIENT_BINS = (
 INTRODUCTION = """\
 # Fidelity: how far the cluster model is from measured engines
 
-Written by `make fidelity REFERENCE=FOLDER`; no figure is typed by hand. Errors are |predicted / measured - 1|.
+Written by `make fidelity REFERENCE=FOLDER`: every table comes from the command; only "Where it misses" and "Terms that
+were tried" are written by people, and kept. Errors are |predicted / measured - 1|.
 
 **Protocol.** The measured rows are closed loops on real GPUs: a fixed number of clients, each sending its next request
 when the last one returns; mean TTFT and TPOT by prompt length, output length and concurrency (dense models, a subset
