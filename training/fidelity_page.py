@@ -1,0 +1,279 @@
+"""The text of ``docs/fidelity.md`` from its figures. This module must not know how they were found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from training.profile_fit import ErrorRow
+
+if TYPE_CHECKING:
+    from training.fidelity import SetResult
+
+Cells = list[str]
+BARS = (
+    ("TPOT, median", "tpot", "median", 0.05),
+    ("TPOT, mean", "tpot", "mean", 0.08),
+    ("TTFT mean, unsaturated rows", "ttft", "mean", 0.15),
+)
+PUBLISHED = (
+    (
+        "BLIS (inference-sim)",
+        "6.7 % median",
+        "17.6 % mean",
+        "end to end; 36 held-out runs, 8B to 141B, three GPU types",
+    ),
+    ("Vidur", "under 9 %", "-", "request latency percentiles of replayed traces, one model and GPU at a time"),
+    ("LLMServingSim 2.0", "1.9 %", "-", "throughput and latency on one GPU server whose operators it profiled first"),
+)
+SPEEDS = (
+    ("BLIS (inference-sim), Go", "every iteration", "2.9 (1 replica), 5.7 (4)"),
+    ("Vidur, Python, event loop alone", "every iteration", "5.5 (1 replica), 6.5 (4)"),
+    ("vllm-sr-sim, Python", "every request, its service time frozen at admission", "0.016 (1 replica), 0.025 (4)"),
+)
+BENCH_FIGURE = "simulator_requests_per_s_200000"
+WORST_LISTED = 12
+CLIENT_BINS = (
+    ("up to 16 clients", 1, 16),
+    ("17 to 64", 17, 64),
+    ("65 to 127", 65, 127),
+    ("128 and more", 128, 1 << 30),
+)
+
+INTRODUCTION = """\
+# Fidelity: how far the cluster model is from measured engines
+
+Written by `make fidelity REFERENCE=FOLDER`: every table comes from the command; only "Where it misses" and "Terms that
+were tried" are written by people, and kept. Errors are |predicted / measured - 1|.
+
+**Protocol.** The measured rows are closed loops on real GPUs: a fixed number of clients, each sending its next request
+when the last one returns; mean TTFT and TPOT by prompt length, output length and concurrency (dense models, a subset
+of aiconfigurator's `silicon_sample.csv`, Apache-2.0). The prediction is the cluster model itself, run at that
+concurrency, not a formula. *Held out*: the rows are dealt at random into {folds} folds; five coefficients, and the
+unknown conditions of the measurement (next paragraph), are fitted on the other folds and predict the fold.
+*Saturated* rows are those whose requests in flight, at full length, exceed the KV capacity: their TTFT is the length
+of a queue.
+
+**What the files do not say** is chosen among a few alternatives, by the rows that are fitted: requests per client
+(5, 10, 20 from a common start, or a steady state), whether one client more than the batch always waits, tokens per
+iteration (2,048, 4,096, 8,192), and for sets with saturated rows the share of the estimated KV capacity (0.85 or 1).
+That is information about the load generator and the engine's flags; who measures with `jevons profile measure`
+has it.
+"""
+
+
+def page(
+    sets: Sequence[SetResult],
+    thin: Sequence[tuple[str, int]],
+    steps: Sequence[tuple[str, ErrorRow, ErrorRow]],
+    shipped: Sequence[tuple[str, str, ErrorRow, ErrorRow]],
+    bench: Path | None,
+    live: Sequence[Path],
+    notes: str,
+) -> str:
+    """The whole page; `notes` is the part that people write, kept as it stands."""
+    parts = [
+        INTRODUCTION.format(folds=sets[0].fit.folds),
+        "## Measured sets\n",
+        _table(
+            (
+                "set",
+                "rows",
+                "TPOT held out, median / mean (90 % interval)",
+                "in sample",
+                "TTFT held out, unsaturated",
+                "in sample",
+            ),
+            [_set_cells(result) for result in sets],
+        ),
+        *(f"\n{label}: {rows} row, too few to fit.\n" for label, rows in thin),
+        "\n## Against the bars\n",
+        _table(("over all sets, held out", "error", "rows", "bar", ""), _bar_cells(sets)),
+        "\n## What was fitted, under which conditions\n",
+        _table(
+            ("set", "a ms", "b us/token", "c us/seq", "d us/1k KV", "e ns/token²", "conditions"),
+            [_coefficient_cells(result) for result in sets],
+        ),
+        f"\n## The {WORST_LISTED} worst rows, held out\n",
+        _table(("set", "prompt + output", "clients", "quantity", "measured ms", "predicted ms", "error"), _worst(sets)),
+        "\n## TTFT by number of clients\n\nMean error, held out, unsaturated rows; in brackets the rows.\n",
+        _table(("set", *(label for label, _, _ in CLIENT_BINS)), [_client_cells(result) for result in sets]),
+        "\n" + notes.strip() + "\n",
+        "\n## Shipped profiles against measured rows\n\nThe shipped profiles were fitted on aiconfigurator's estimates,"
+        " on no measured row.\nHere they predict the measured sets, whose engine, version or flags may differ:\n",
+        _table(
+            ("profile", "measured set", "TPOT median / mean", "TTFT median / mean"),
+            [[name, label, _two(tpot), _two(ttft)] for name, label, tpot, ttft in shipped],
+        ),
+        "\n## Estimated step times\n\nOne iteration's time by prefill tokens, batch and context, estimated by\n"
+        f"aiconfigurator for {len(steps)} pairs of model and engine, and how well the five coefficients follow.\n",
+        _step_table(steps),
+        *([_live(live)] if live else []),
+        "\n## Beside published simulators\n",
+        _table(("simulator", "error", "TTFT", "what the figure covers"), [_ours(sets), *map(list, PUBLISHED)]),
+        "\nThe figures are not of the same experiment: they cover other rows, quantities and engines, and are cited"
+        "\nfrom their authors.\n\n## Speed\n",
+        _table(("simulator", "simulates", "CPU ms per request"), _speeds(bench)),
+        "\nOurs: one core, `make bench`, Poisson arrivals on 8 replicas of an 8B model; theirs: single runs of "
+        "other traffic.\nThe figures say by what order of magnitude they differ, no more.\n",
+    ]
+    return "".join(part if part.endswith("\n") else part + "\n" for part in parts)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join(["", *lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def _two(error: ErrorRow) -> str:
+    return f"{error.median:.1%} / {error.mean:.1%}"
+
+
+def _three(error: ErrorRow) -> str:
+    return f"{_two(error)} ({error.mean_low:.1%} to {error.mean_high:.1%})"
+
+
+def _set_cells(result: SetResult) -> Cells:
+    calm = ~result.saturated
+    held = {error.quantity: error for error in result.fit.errors(held_out=True)}
+    seen = {error.quantity: error for error in result.fit.errors(held_out=False)}
+    calm_held = {error.quantity: error for error in result.fit.errors(held_out=True, rows=calm)}
+    calm_seen = {error.quantity: error for error in result.fit.errors(held_out=False, rows=calm)}
+    rows = f"{result.rows}" + (f" ({int(result.saturated.sum())} saturated)" if result.saturated.any() else "")
+    return [
+        result.label,
+        rows,
+        _three(held["tpot"]),
+        _two(seen["tpot"]),
+        _three(calm_held["ttft"]),
+        _two(calm_seen["ttft"]),
+    ]
+
+
+def _pooled(sets: Sequence[SetResult], quantity: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.concatenate(
+        [result.held_out(quantity, ~result.saturated if quantity == "ttft" else None) for result in sets]
+    )
+
+
+def _bar_cells(sets: Sequence[SetResult]) -> list[Cells]:
+    cells = []
+    for label, quantity, statistic, bar in BARS:
+        errors = _pooled(sets, quantity)
+        value = float(np.median(errors) if statistic == "median" else errors.mean())
+        cells.append([label, f"{value:.1%}", str(len(errors)), f"{bar:.0%}", "met" if value <= bar else "**missed**"])
+    for result in sets:
+        for label, quantity, statistic, bar in BARS:
+            errors = result.held_out(quantity, ~result.saturated if quantity == "ttft" else None)
+            value = float(np.median(errors) if statistic == "median" else errors.mean())
+            if value > bar:
+                cells.append([f"{label}: {result.label}", f"{value:.1%}", str(len(errors)), f"{bar:.0%}", "**missed**"])
+    return cells
+
+
+def _coefficient_cells(result: SetResult) -> Cells:
+    return [
+        result.label,
+        *(f"{value:.4g}" for value in result.fit.step.model_dump().values()),
+        str(result.fit.conditions),
+    ]
+
+
+def _client_cells(result: SetResult) -> Cells:
+    cells = [result.label]
+    for _, least, most in CLIENT_BINS:
+        clients = result.table.concurrency
+        rows = (clients >= least) & (clients <= most) & ~result.saturated
+        cells.append(f"{result.held_out('ttft', rows).mean():.1%} ({int(rows.sum())})" if rows.any() else "-")
+    return cells
+
+
+def _worst(sets: Sequence[SetResult]) -> list[Cells]:
+    found = []
+    for result in sets:
+        table = result.table
+        for quantity, label in (("tpot", "TPOT"), ("ttft", "TTFT")):
+            errors = result.held_out(quantity)
+            for row in np.argsort(errors)[-WORST_LISTED:]:
+                prompt, output, clients = (
+                    int(values[row]) for values in (table.prompt_tokens, table.output_tokens, table.concurrency)
+                )
+                mark = ", saturated" if result.saturated[row] else ""
+                found.append(
+                    (
+                        float(errors[row]),
+                        [
+                            result.label,
+                            f"{prompt:,} + {output:,}",
+                            f"{clients}{mark}",
+                            label,
+                            f"{table.measured[quantity][row] * 1e3:,.1f}",
+                            f"{result.fit.held_out[quantity][row] * 1e3:,.1f}",
+                            f"{errors[row]:.0%}",
+                        ],
+                    )
+                )
+    return [cells for _, cells in sorted(found, key=lambda entry: -entry[0])[:WORST_LISTED]]
+
+
+def _step_table(steps: Sequence[tuple[str, ErrorRow, ErrorRow]]) -> str:
+    seen = np.array([error.mean for _, error, _ in steps])
+    held = np.array([error.mean for _, _, error in steps])
+    best, worst = int(held.argmin()), int(held.argmax())
+    rows = [
+        ["mean of the sets", f"{seen.mean():.1%}", f"{held.mean():.1%}"],
+        [f"best: {steps[best][0]}", f"{seen[best]:.1%}", f"{held[best]:.1%}"],
+        [f"worst: {steps[worst][0]}", f"{seen[worst]:.1%}", f"{held[worst]:.1%}"],
+    ]
+    return _table(("sets", "in sample, mean", "held out, mean"), rows)
+
+
+def _live(files: Sequence[Path]) -> str:
+    rows = []
+    for file in files:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        for row in data["rows"]:
+            if row["quantity"] in ("ttft_p50_s", "ttft_p90_s", "tpot_p50_s", "tpot_p90_s", "e2e_p50_s", "output_tps"):
+                spread = row["repeat_spread"]
+                rows.append(
+                    [
+                        data["profile"],
+                        str(row["batch_cap"]),
+                        row["quantity"],
+                        f"{row['measured']:.4g}",
+                        f"{row['simulated']:.4g}",
+                        f"{row['error']:+.1%}",
+                        "-" if spread is None else f"{spread:.1%}",
+                    ]
+                )
+    return (
+        "\n## A real engine, replayed\n\nA slice of traffic that the fit never saw, on a live engine and through the "
+        "cluster model.\n"
+        + _table(("profile", "batch cap", "quantity", "live", "simulated", "error", "live repeats differ by"), rows)
+    )
+
+
+def _ours(sets: Sequence[SetResult]) -> Cells:
+    tpot, ttft = _pooled(sets, "tpot"), _pooled(sets, "ttft")
+    return [
+        "Jevons",
+        f"{np.median(tpot):.1%} median, {tpot.mean():.1%} mean (TPOT)",
+        f"{ttft.mean():.1%} mean",
+        f"held out; {len(tpot)} closed-loop rows of {len(sets)} sets, unsaturated ones for TTFT",
+    ]
+
+
+def _speeds(bench: Path | None) -> list[Cells]:
+    rows = [list(row) for row in SPEEDS]
+    if bench is not None:
+        figures = {
+            figure["name"]: figure["value"]
+            for figure in map(json.loads, bench.read_text(encoding="utf-8").splitlines())
+        }
+        milliseconds = f"{1e3 / figures[BENCH_FIGURE]:.5f} (8 replicas)"
+        rows.insert(0, ["Jevons", "every iteration, exactly, macro-stepped", milliseconds])
+    return rows
