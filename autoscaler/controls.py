@@ -72,7 +72,7 @@ class Controls:
 
     def set_mode(self, services: Sequence[str], mode: Mode) -> None:
         """Order a mode for the named services."""
-        self._write({service: mode.value for service in services})
+        self._write(dict.fromkeys(services, mode.value))
 
     def kill(self) -> None:
         """Engage the kill switch for every service of this database."""
@@ -95,7 +95,7 @@ class Controls:
 
 
 def kill_file_engaged(path: Path | None) -> str:
-    """Why the kill-switch file engages it, empty when it does not. A path that cannot be looked at counts as engaged."""
+    """Why the kill-switch file engages it, empty when it does not; a path that cannot be looked at engages it."""
     if path is None:
         return ""
     try:

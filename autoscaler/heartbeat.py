@@ -109,7 +109,7 @@ class Heartbeat:
         """(n,) services on which this controller may act right now."""
         pulse = self.pulse
         fresh = self._now() - pulse.beat_s < TRUSTED_SHARE * self._duration_s
-        return (pulse.tokens != NOT_HELD) & fresh
+        return np.asarray((pulse.tokens != NOT_HELD) & fresh, bool)
 
     def killed(self) -> tuple[str, ...]:
         """(n,) why the kill switch is engaged right now; the file is looked at, not remembered."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from autoscaler.controls import ANNOTATION
-from autoscaler.leases import NOT_HELD, LeasesUnavailable, LeaseSpec, SteadyClock, Watch
+from autoscaler.leases import NOT_HELD, LeaseSpec, LeasesUnavailable, SteadyClock, Watch
 from policies.contract import Ints
 
 TIMEOUT_S = 5.0
@@ -40,10 +40,11 @@ class KubernetesLeases:
         from kubernetes import client, config
 
         configuration = client.Configuration()
+        load: Any = config  # published with partial type information
         if spec.kubeconfig is not None:
-            config.load_kube_config(spec.kubeconfig, client_configuration=configuration)
+            load.load_kube_config(spec.kubeconfig, client_configuration=configuration)
         else:
-            config.load_incluster_config(configuration)
+            load.load_incluster_config(configuration)
         self._client = client
         self._api = client.CoordinationV1Api(client.ApiClient(configuration))
         self._spec = spec
@@ -80,7 +81,8 @@ class KubernetesLeases:
         token = spec.lease_transitions or 0
         if spec.holder_identity != self.holder:
             free = not spec.holder_identity
-            if not free and not self._watch.expired(service, (spec.holder_identity, token, str(spec.renew_time))):
+            renewal = (spec.holder_identity, token, str(spec.renew_time))
+            if not free and not self._watch.expired(service, spec.holder_identity, renewal):
                 return NOT_HELD
             token += 1
             spec.holder_identity, spec.lease_transitions = self.holder, token

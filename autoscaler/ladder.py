@@ -65,6 +65,8 @@ class FallbackLadder:
     """
 
     def __init__(self, fleet: Fleet, baseline: Policy, spec: LadderSpec) -> None:
+        self.name = baseline.name
+        """Of the rung that is asked first."""
         self.learned: LearnedPolicy | None = None
         self.baseline = baseline
         self.spec = spec
@@ -77,11 +79,6 @@ class FallbackLadder:
         self.distance: Floats = np.full(n, np.nan)
 
     @property
-    def name(self) -> str:
-        """The rung that is asked first."""
-        return self.learned.name if self.learned is not None else self.baseline.name
-
-    @property
     def version(self) -> str:
         """Digest of the learned policy's bundle, the baseline's name without one."""
         return self.learned.bundle.digest if self.learned is not None else self.baseline.name
@@ -92,6 +89,7 @@ class FallbackLadder:
         if learned is not None and before is not None:
             learned.restore(before.state())
         self.learned = learned
+        self.name = self.baseline.name if learned is None else learned.name
         return before
 
     def reset(self, services: Bools | None = None) -> None:
@@ -104,7 +102,7 @@ class FallbackLadder:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What survives a restart: arrays with leading axis n."""
         kept: dict[str, npt.NDArray[Any]] = {"burning_ticks": self._burning_ticks}
-        for rung, policy in (("learned", self.learned), ("baseline", self.baseline)):
+        for rung, policy in self._rungs():
             if isinstance(policy, Durable):
                 kept |= {f"{rung}.{name}": array for name, array in policy.state().items()}
         return kept
@@ -112,7 +110,7 @@ class FallbackLadder:
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `state` returned."""
         self._burning_ticks = np.array(state["burning_ticks"], np.int64)
-        for rung, policy in (("learned", self.learned), ("baseline", self.baseline)):
+        for rung, policy in self._rungs():
             part = {name.removeprefix(f"{rung}."): array for name, array in state.items() if name.startswith(rung)}
             if isinstance(policy, Durable) and part.keys() == policy.state().keys():
                 policy.restore(part)
@@ -137,6 +135,9 @@ class FallbackLadder:
             replicas=np.where(rung == Rung.LEARNED, learned.replicas, target.replicas),
             batch_cap=np.where(rung == Rung.LEARNED, learned.batch_cap, target.batch_cap),
         )
+
+    def _rungs(self) -> list[tuple[str, object]]:
+        return [("learned", self.learned), ("baseline", self.baseline)]
 
     def _learned(self, observation: Observation) -> Target | None:
         n = len(observation.snapshot)

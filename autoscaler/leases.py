@@ -2,14 +2,18 @@
 
 A lease is renewed by its holder. Another controller takes it over only after it has seen the same renewal stand still
 for the lease's whole duration *on its own steady clock*, so no jump of any wall clock can make two holders; the holder
-itself stops acting well before. The token grows with every change of holder: what an older token wrote is refused.
+itself stops acting well before. A holder whose process is gone from this very host is succeeded at once. The token
+grows with every change of holder: what an older token wrote is refused.
 This module must not know what holders do.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -69,6 +73,41 @@ class Leases(Protocol):
         ...
 
 
+def holder_name() -> str:
+    """A name for this process that no other process has: host, process namespace, process number, start."""
+    return f"{socket.gethostname()}/{_namespace()}/{os.getpid()}/{_started(os.getpid())}"
+
+
+def process_gone(holder: str) -> bool:
+    """Whether the holder was a process of this host and is certainly not there any more."""
+    words = holder.split("/")
+    if len(words) != 4 or words[:2] != [socket.gethostname(), _namespace()] or "?" in words:
+        return False
+    try:
+        return _started(int(words[2])) != words[3]
+    except ValueError:
+        return False
+
+
+def _namespace() -> str:
+    """The kernel's name of the namespace in which process numbers count, `?` where there is no such thing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return "?"
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's ticks; `?` when there is none or nobody knows."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "gone" if Path("/proc/self/stat").exists() else "?"
+    fields = stat.rpartition(")")[2].split()
+    return "gone" if fields[0] in "ZX" else fields[19]
+
+
 class Watch:
     """Which leases of others have stood still for their whole duration, by this process's steady clock."""
 
@@ -77,8 +116,10 @@ class Watch:
         self._duration_s = duration_s
         self._now = now
 
-    def expired(self, service: str, renewal: object) -> bool:
-        """Whether `renewal`, which anything that changes with a renewal identifies, has been seen long enough."""
+    def expired(self, service: str, holder: str, renewal: object) -> bool:
+        """Whether the holder's lease may be taken: `renewal`, which changes with each one, has stood still."""
+        if process_gone(holder):
+            return True
         seen, since_s = self._seen[service]
         if seen != renewal:
             self._seen[service] = (renewal, self._now())
@@ -127,7 +168,7 @@ class DatabaseLeases:
             for row in rows:
                 if row.holder == self.holder:
                     tokens[row.service] = row.token
-                elif not row.holder or self._watch.expired(row.service, (row.token, row.renewals)):
+                elif not row.holder or self._watch.expired(row.service, row.holder, (row.token, row.renewals)):
                     tokens[row.service] = self._take(connection, row)
             known = {row.service for row in rows}
             new = [service for service in self._services if service not in known]

@@ -46,7 +46,9 @@ class Memory:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All parts, arrays with leading axis n."""
-        arrays = {f"{part}/{name}": array for part, owner in self._parts.items() for name, array in owner.state().items()}
+        arrays = {
+            f"{part}/{name}": array for part, owner in self._parts.items() for name, array in owner.state().items()
+        }
         return {**arrays, FINGERPRINT: self._fingerprints}
 
     def restore(self, saved: Arrays, rows: Mapping[int, int]) -> Bools:
@@ -71,12 +73,17 @@ class Memory:
                 array = np.array(present)
                 earlier = saved.get(f"{part}/{name}")
                 if earlier is not None and earlier.ndim == array.ndim:
-                    overlap = tuple(slice(0, min(sizes)) for sizes in zip(array.shape[1:], earlier.shape[1:], strict=True))
                     for row, old in usable.items():
-                        array[(row, *overlap)] = earlier[(old, *overlap)]
+                        _overlay(array[row : row + 1], earlier[old : old + 1])
                 mixed[name] = array
             owner.restore(mixed)
         return restored
+
+
+def _overlay(array: npt.NDArray[Any], earlier: npt.NDArray[Any]) -> None:
+    """Copy what both have in common: the widest service decides how many pools the arrays have room for."""
+    common = tuple(slice(0, min(sizes)) for sizes in zip(array.shape, earlier.shape, strict=True))
+    array[common] = earlier[common]
 
 
 def bring_back(database: Database, memory: Memory, services: Sequence[str], wanted: Bools) -> Bools:
@@ -87,7 +94,7 @@ def bring_back(database: Database, memory: Memory, services: Sequence[str], want
     """
     with database.begin() as connection:
         saved = connection.execute(STATES.select().order_by(STATES.c.time_s.desc())).all()
-    missing = {services[row]: int(row) for row in np.flatnonzero(wanted)}
+    missing = {services[row]: row for row in np.flatnonzero(wanted).tolist()}
     restored = np.zeros(len(services), bool)
     for state in saved:
         found = {missing[name]: old for old, name in enumerate(unpack_names(state.services)) if name in missing}

@@ -200,7 +200,9 @@ class PrometheusClient:
         Raises:
             PrometheusQueryError: when there is no answer before the deadline, or the server refuses the query.
         """
-        rows: list[dict[str, Any]] = self._try(lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s)
+        rows: list[dict[str, Any]] = self._try(
+            lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s
+        )
         return rows
 
     def ask_range(self, query: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
@@ -297,7 +299,10 @@ class PrometheusSource:
             )
         }
         self._columns: list[dict[str, int]] = [
-            {**({"": 0} if len(spec.pools) == 1 else {}), **{pool.label: place for place, pool in enumerate(spec.pools)}}
+            {
+                **({"": 0} if len(spec.pools) == 1 else {}),
+                **{pool.label: place for place, pool in enumerate(spec.pools)},
+            }
             for spec in specs
         ]
         self._slo_ttft = np.array([spec.slo.ttft_s for spec in specs])

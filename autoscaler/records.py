@@ -81,6 +81,7 @@ class Records:
         version: version of the acting policy.
         keep_days: age at which decisions are dropped.
         fenced: whether the leases are in the same database, so that an older token is refused.
+        seconds: what the stages of the present tick took so far.
         now: Unix time.
     """
 
@@ -93,6 +94,7 @@ class Records:
         version: Callable[[], str],
         keep_days: float,
         fenced: bool,
+        seconds: Callable[[], dict[str, float]],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.controller = controller
@@ -106,7 +108,7 @@ class Records:
         self._tick: int | None = None
         self._rows = np.zeros(0, np.int64)
         self._next_sweep_s = -np.inf
-        self.seconds: Callable[[], dict[str, float]] = dict
+        self._seconds = seconds
 
     def record(self, decision: Decision) -> None:
         """One transaction: the tick, its decisions, and the state after them. Services of others are left out."""
@@ -127,7 +129,7 @@ class Records:
         if self._tick is None:
             return
         with self._database.begin() as connection:
-            values = {"concluded": True, "seconds": self.seconds()}
+            values = {"concluded": True, "seconds": self._seconds()}
             connection.execute(TICKS.update().where(TICKS.c.id == self._tick).values(**values))
             rows = [
                 {"b_tick": self._tick, "b_row": row["row"], "b_outcome": row["outcome"], "b_reasons": row["reasons"]}

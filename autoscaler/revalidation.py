@@ -99,8 +99,8 @@ def modelled_wait_s(replicas: Ints, observation: Observation, fleet: Fleet) -> F
 
     A queue with one server per place: `c = replicas * batch limit`, load `rho = demand / replicas`, and
     `S / c * rho**(sqrt(2 * (c + 1)) - 1) / (1 - rho)` after H. Sakasegawa, "An approximation formula
-    Lq = alpha * rho**beta / (1 - rho)", Annals of the Institute of Statistical Mathematics 29 (1977). The time in service
-    `S` is Little's law on what runs and finishes; unknown, it is 30 s. Infinite where the fleet does not cover the demand.
+    Lq = alpha * rho**beta / (1 - rho)", Annals of the Institute of Statistical Mathematics 29 (1977). The time in
+    service `S` is Little's law on what runs and finishes; unknown, it is 30 s. Infinite below the demand.
     """
     snapshot = observation.snapshot
     needed = np.maximum(observation.demand, 1e-9)

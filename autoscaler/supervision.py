@@ -18,6 +18,7 @@ from autoscaler.controls import Mode
 from autoscaler.counterfactuals import Counterfactuals
 from autoscaler.heartbeat import Heartbeat
 from autoscaler.ladder import FallbackLadder, Rung
+from autoscaler.leases import NOT_HELD
 from autoscaler.revalidation import Revalidation, RevalidationSpec
 from policies.columns import any_pool, least
 from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Reason, Snapshot
@@ -86,6 +87,8 @@ class LiveSupervisor:
         self._world = world
         self._clock = clock
         self._on_finish = on_finish
+        self.brought_back: Bools = np.zeros(n, bool)
+        """(n,) services whose memory is here; on the others this controller must not act yet."""
         self._began_s = -np.inf
         self._applied: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was last carried out
         self._base: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was in force just before
@@ -121,7 +124,7 @@ class LiveSupervisor:
         outcome = np.where(held, Outcome.HELD, np.where(advised, Outcome.ADVISED, decision.outcome))
         details: dict[str, npt.NDArray[Any]] = {
             "mode": modes,
-            "token": self._heartbeat.pulse.tokens.copy(),
+            "token": np.where(self.leading(), self._heartbeat.pulse.tokens, NOT_HELD),
             "rung": self._ladder.rung.copy(),
             "distance": self._ladder.distance.copy(),
             "in_force": self._decider.before().replicas.copy(),
@@ -136,7 +139,7 @@ class LiveSupervisor:
         every = np.ones(len(self.services), bool)
         stops = (
             (self._killed(), Reason.KILL_SWITCH),
-            (~self._heartbeat.leading(), Reason.NOT_LEADER),
+            (~self.leading(), Reason.NOT_LEADER),
             (every & late, Reason.OVERDUE),
         )
         outcome, reasons = decision.outcome, decision.reasons
@@ -178,15 +181,19 @@ class LiveSupervisor:
 
     # Reasons to stop
 
+    def leading(self) -> Bools:
+        """(n,) services that are this controller's to act on."""
+        return self._heartbeat.leading() & self.brought_back
+
     def _acting(self) -> Bools:
         modes = np.array([mode == Mode.ACT for mode in self._heartbeat.pulse.modes])
-        acting = modes & self._heartbeat.leading() & ~self._killed() & ~self._edited() & ~self._owned()
+        acting = modes & self.leading() & ~self._killed() & ~self._edited() & ~self._owned()
         return np.asarray(acting, bool)
 
     def _stops(self, modes: npt.NDArray[Any]) -> list[tuple[Bools, Reason]]:
         acting = modes == Mode.ACT
         return [
-            (~self._heartbeat.leading(), Reason.NOT_LEADER),
+            (~self.leading(), Reason.NOT_LEADER),
             (self._killed(), Reason.KILL_SWITCH),
             (np.asarray(modes == Mode.PAUSED, bool), Reason.PAUSED),
             (self._owned() & acting, Reason.OTHER_AUTOSCALER),
