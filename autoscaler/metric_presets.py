@@ -199,6 +199,7 @@ REPLICA_SOURCES: dict[str, Gateway] = {
     ),
 }
 
+
 def duration(seconds: float) -> str:
     """A PromQL duration, exact to a millisecond."""
     milliseconds = round(seconds * 1000)

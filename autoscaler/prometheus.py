@@ -200,7 +200,9 @@ class PrometheusClient:
         Raises:
             PrometheusQueryError: when there is no answer before the deadline, or the server refuses the query.
         """
-        rows: list[dict[str, Any]] = self._try(lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s)
+        rows: list[dict[str, Any]] = self._try(
+            lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s
+        )
         return rows
 
     def ask_range(self, query: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
@@ -231,7 +233,7 @@ class PrometheusClient:
         self._connect.close()
 
     def _try(self, call: Callable[[float], Any], until_s: float | None) -> Any:
-        from prometheus_api_client import PrometheusApiClientException
+        from prometheus_api_client.exceptions import PrometheusApiClientException
         from requests import RequestException
 
         until_s = time.monotonic() + self.config.deadline_s if until_s is None else until_s
@@ -297,7 +299,10 @@ class PrometheusSource:
             )
         }
         self._columns: list[dict[str, int]] = [
-            {**({"": 0} if len(spec.pools) == 1 else {}), **{pool.label: place for place, pool in enumerate(spec.pools)}}
+            {
+                **({"": 0} if len(spec.pools) == 1 else {}),
+                **{pool.label: place for place, pool in enumerate(spec.pools)},
+            }
             for spec in specs
         ]
         self._slo_ttft = np.array([spec.slo.ttft_s for spec in specs])
@@ -324,13 +329,11 @@ class PrometheusSource:
         return snapshot
 
     def replica_loads(self) -> dict[str, float]:
-        """Running and queued requests by replica, for removing the least loaded first; empty when unknown."""
-        signals = candidates_by_signal(self.config)
-        names = [*signals.get("running", ((), "engine"))[0], *signals.get("waiting", ((), "engine"))[0]]
+        """Running requests by replica, for removing the least loaded first; empty when unknown."""
+        names, _ = candidates_by_signal(self.config).get("running", ((), ""))
         label = self.config.replica_label
-        text = " or ".join(presets.selector(name, self.config.matchers) for name in names)
         try:
-            rows = self._client.ask(f"sum by ({label}) ({{{_either(names, self.config.matchers)}}})" if text else "0")
+            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, 0.0))
         except PrometheusQueryError:
             return {}
         return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
@@ -658,11 +661,6 @@ def build_queries(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> lis
             taken = presets.render_sample_time(names, by[:1], config.matchers)
             queries.append(Query("sample_time", taken, labels[kind], None, kind))  # type: ignore[arg-type]
     return queries
-
-
-def _either(names: Sequence[str], matchers: Mapping[str, str]) -> str:
-    plain = "|".join(name.partition("{")[0] for name in names)
-    return ",".join([f'__name__=~"{plain}"', *(f'{label}="{value}"' for label, value in matchers.items())])
 
 
 def _every(values: np.ndarray) -> np.ndarray:
