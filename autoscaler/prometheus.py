@@ -233,7 +233,7 @@ class PrometheusClient:
         self._connect.close()
 
     def _try(self, call: Callable[[float], Any], until_s: float | None) -> Any:
-        from prometheus_api_client import PrometheusApiClientException
+        from prometheus_api_client.exceptions import PrometheusApiClientException
         from requests import RequestException
 
         until_s = time.monotonic() + self.config.deadline_s if until_s is None else until_s
@@ -329,13 +329,11 @@ class PrometheusSource:
         return snapshot
 
     def replica_loads(self) -> dict[str, float]:
-        """Running and queued requests by replica, for removing the least loaded first; empty when unknown."""
-        signals = candidates_by_signal(self.config)
-        names = [*signals.get("running", ((), "engine"))[0], *signals.get("waiting", ((), "engine"))[0]]
+        """Running requests by replica, for removing the least loaded first; empty when unknown."""
+        names, _ = candidates_by_signal(self.config).get("running", ((), ""))
         label = self.config.replica_label
-        text = " or ".join(presets.selector(name, self.config.matchers) for name in names)
         try:
-            rows = self._client.ask(f"sum by ({label}) ({{{_either(names, self.config.matchers)}}})" if text else "0")
+            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, 0.0))
         except PrometheusQueryError:
             return {}
         return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
@@ -663,11 +661,6 @@ def build_queries(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> lis
             taken = presets.render_sample_time(names, by[:1], config.matchers)
             queries.append(Query("sample_time", taken, labels[kind], None, kind))  # type: ignore[arg-type]
     return queries
-
-
-def _either(names: Sequence[str], matchers: Mapping[str, str]) -> str:
-    plain = "|".join(name.partition("{")[0] for name in names)
-    return ",".join([f'__name__=~"{plain}"', *(f'{label}="{value}"' for label, value in matchers.items())])
 
 
 def _every(values: np.ndarray) -> np.ndarray:
