@@ -1,16 +1,15 @@
-"""The latest targets as a JSON file, for policies that are asked ten times a second and must answer at once.
+"""Which targets the file for Ray Serve's policies holds: those in force, service by service.
 
-`{service: {pool: {"replicas": r, "batch_cap": c, "time_s": t}}}`; written whole or not at all.
+This module must not know how the file is read.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.controller import not_acted
+from autoscaler.ray_serve import publish
 from policies.contract import Decision
 
 
@@ -44,11 +43,9 @@ class TargetsFile:
                     }
                     for column, pool in enumerate(self._pools[row])
                 }
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._targets), encoding="utf-8")
-            partial.replace(self.path)
+            publish(self._targets, self.path)
             self.problem = ""
         except OSError as error:
             self.problem = f"{self.path}: cannot be written: {error.strerror or error}"
