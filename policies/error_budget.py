@@ -7,6 +7,8 @@ This module must not know what the dial means to the policy that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from policies.contract import Bools, Floats, Snapshot
@@ -40,6 +42,16 @@ class ErrorBudget:
         rows = slice(None) if services is None else services
         for array in (self.dial, self._missed, self._counted):
             array[rows] = 0.0
+
+    def state(self) -> dict[str, Floats]:
+        """The dial and its memory, (n,) each."""
+        return {"dial": self.dial, "missed": self._missed, "counted": self._counted}
+
+    def restore(self, state: Mapping[str, Floats]) -> None:
+        """Go on from what `state` returned."""
+        self.dial = np.clip(state["dial"], self.low, self.high)
+        self._missed = np.array(state["missed"], np.float64)
+        self._counted = np.array(state["counted"], np.float64)
 
     def update(self, snapshot: Snapshot) -> Floats:
         """Account for one window; the dial (n,). Windows without a measurement change nothing."""

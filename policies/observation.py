@@ -7,7 +7,11 @@ This module must not know about any particular policy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from policies.columns import any_pool, known, least, most, total
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
@@ -169,6 +173,25 @@ class ObservationBuilder:
         self._mix.adopt(fresh._mix, rows)
         self._context.adopt(fresh._context, rows)
         return observation
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The history, as arrays with leading axis n."""
+        return {f"{part}.{name}": np.moveaxis(array, -1, 0) for part, name, array in self._histories()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from what `state` returned."""
+        for part, name, array in self._histories():
+            array[...] = np.moveaxis(state[f"{part}.{name}"], 0, -1)
+
+    def _histories(self) -> list[tuple[str, str, npt.NDArray[Any]]]:
+        """Every array that changes from tick to tick, services last."""
+        parts = {"observation": self, "mix": self._mix, "context": self._context}
+        return [
+            (part, name.lstrip("_"), array)
+            for part, owner in parts.items()
+            for name, array in vars(owner).items()
+            if isinstance(array, np.ndarray) and name != "_static"
+        ]
 
     def _remember(self, snapshot: Snapshot, first: Floats, blind: Bools) -> None:
         """Update the memories; `first` (n,) is the demand in replicas of each service's first pool."""

@@ -73,7 +73,7 @@ def evaluate(
 
     Every policy runs on every scenario and seed of a suite, through the controller that ships.
     """
-    from training.lineup import split_references
+    from policies.lineup import split_references
     from training.scenarios import load_suite
 
     chosen = load_suite(suite)
@@ -97,7 +97,7 @@ def demo(
 
     The baselines run beside it; the results go to report.html and summary.json.
     """
-    from training.lineup import SHIPPED_BUNDLE, split_references
+    from policies.lineup import SHIPPED_BUNDLE, split_references
     from training.scenarios import load_suite
 
     suite = load_suite("demo")

@@ -24,10 +24,11 @@ from policies.decider import Decider
 from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch
+from policies.lineup import Entry, build, resolve, starting_spec
 from policies.objective import Usage
 from policies.spec import ScalingSpec
 from training.console import end_on_ctrl_c
-from training.lineup import Entry, build, resolve, starting_spec
+from training.registry import resolve_bundle
 from training.scenarios import Scenario, Suite
 from training.scores import AVERAGED, Bill, Score, judge, score
 from training.timeline import FIRST, Timeline, TimelineRecorder
@@ -108,7 +109,7 @@ def evaluate(
 
     Args:
         suite: what to judge on.
-        policies: references as `training.lineup` reads them.
+        policies: references as `policies.lineup` reads them.
         jobs: processes.
         on_progress: told after each scenario and policy.
 
@@ -119,7 +120,7 @@ def evaluate(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    entries = [resolve(reference) for reference in dict.fromkeys(policies)]
+    entries = [resolve(reference, resolve_bundle) for reference in dict.fromkeys(policies)]
     for scenario in suite.scenarios:
         fleet = Fleet.from_specs([scenario.spec])
         for entry in entries:

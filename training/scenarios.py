@@ -163,7 +163,7 @@ class Suite(StrictModel):
     name: str = Field(min_length=1, description="Name of the suite.")
     description: str = Field(default="", description="What it is for.")
     policies: tuple[str, ...] = Field(
-        default=("all",), description="Policies to judge when none is asked for, see `training.lineup`."
+        default=("all",), description="Policies to judge when none is asked for, see `policies.lineup`."
     )
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)] = Field(description="Scenarios.")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from policies.action import allocate, reference_batch_cap
-from policies.contract import Bools, Observation, Target
+from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 
 
@@ -31,6 +33,14 @@ class TokenDemandPolicy:
     def reset(self, services: Bools | None = None) -> None:
         """Forget the slow mean of the masked services."""
         self._mean[slice(None) if services is None else services] = np.nan
+
+    def state(self) -> dict[str, Floats]:
+        """The slow mean, (n, P)."""
+        return {"mean": self._mean}
+
+    def restore(self, state: Mapping[str, Floats]) -> None:
+        """Go on from what `state` returned."""
+        self._mean = np.array(state["mean"], np.float64)
 
     def propose(self, observation: Observation) -> Target:
         """The demand with headroom, over the pools."""

@@ -1,9 +1,9 @@
-"""Policies by reference: the words of ``jevons evaluate --policy``.
+"""Policies by reference: the words of ``jevons evaluate --policy`` and of a live configuration.
 
 ``static``, ``hpa`` and ``token-demand``, with parameters after colons (``hpa:target_share=0.6:tolerance=0.2``);
 ``learned`` for the bundle that ships with Jevons; a path to a bundle; ``models:/NAME@ALIAS`` or ``models:/NAME/3`` for
 one in the model registry.
-This module must not know what a policy is judged on.
+This module must not know what a policy is judged on, nor how a registry is reached: the caller brings that along.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, PolicyBundle, load_bundle
 from policies.spec import InterfaceSpec, ScalingSpec, shipped_configs
 
+Registry = Callable[[str], Path]
+"""Fetches the bundle that a `models:/` reference names; the path of a local copy."""
 ALL = ("learned", "token-demand", "hpa", "static")
 """What ``all`` stands for."""
 SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.zip"
@@ -133,8 +135,8 @@ def split_references(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(references))
 
 
-def resolve(reference: str) -> Entry:
-    """Check a reference and load its bundle.
+def resolve(reference: str, registry: Registry | None = None) -> Entry:
+    """Check a reference and load its bundle; `registry` fetches those in the model registry.
 
     Raises:
         ConfigError: when the policy, a parameter or a value is unknown; the message lists what exists.
@@ -148,9 +150,9 @@ def resolve(reference: str) -> Entry:
             )
         return Entry(reference, "learned", {}, load_bundle(SHIPPED_BUNDLE))
     if reference.startswith("models:/"):
-        from training.registry import resolve_bundle
-
-        return Entry(reference, "learned", {}, load_bundle(resolve_bundle(reference)))
+        if registry is None:
+            raise ConfigError(f"policy {reference!r}: no model registry can be used here; name a bundle file")
+        return Entry(reference, "learned", {}, load_bundle(registry(reference)))
     if reference.endswith(".zip"):
         return Entry(reference, "learned", {}, load_bundle(Path(reference)))
     kind, *assignments = reference.split(":")
@@ -182,14 +184,14 @@ def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
     return StaticPolicy(fleet, None, batch_cap)
 
 
-def make_policy(reference: str, fleet: Fleet, specs: Sequence[ScalingSpec]) -> Policy:
+def make_policy(reference: str, fleet: Fleet, specs: Sequence[ScalingSpec], registry: Registry | None = None) -> Policy:
     """The policy that `reference` names, for the services of `fleet`, whose specs share one interface.
 
     Raises:
         ConfigError: as `resolve` and `build`.
         BundleMismatch: as `resolve` and `build`.
     """
-    return build(resolve(reference), fleet, specs[0].interface)
+    return build(resolve(reference, registry), fleet, specs[0].interface)
 
 
 def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
