@@ -20,6 +20,8 @@ from autoscaler.stages import Stages
 from policies.contract import (
     BOOT_BINS,
     LEAVE_ALONE,
+    TPOT_EDGES_S,
+    TTFT_EDGES_S,
     ActuationFailed,
     Bools,
     Decision,
@@ -287,6 +289,8 @@ def nothing_known(time_s: float, window_s: float, decider: Decider) -> Snapshot:
         oldest_wait_s=service,
         ttft_attainment=service,
         tpot_attainment=service,
+        ttft_histogram_rps=np.full((shape[0], len(TTFT_EDGES_S) + 1), np.nan),
+        tpot_histogram_rps=np.full((shape[0], len(TPOT_EDGES_S) + 1), np.nan),
         replicas_target=pool,
         replicas_starting=pool,
         replicas_ready=pool,

@@ -379,7 +379,7 @@ class EngineServer:
         await response.prepare(request)
         while True:
             last = token >= sequence.output_tokens
-            choice = {"index": 0, "finish_reason": "length" if last else None}
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if last else None}
             choice |= {"delta": {"content": " token"}} if chat else {"text": " token"}
             await response.write(_event({**self._head(chat, chunk=True), "choices": [choice]}))
             if last:

@@ -21,39 +21,21 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 TARGETS_FILE_VARIABLE = "JEVONS_TARGETS_FILE"
-"""Environment variable that names the file."""
-DEFAULT_TARGETS_FILE = "jevons-targets.json"
+"""Environment variable that names the file, in the environment of Serve's controller."""
+DEFAULT_TARGETS_FILE = "runs/live/targets.json"
 MAX_AGE_S = 120.0
 """Targets older than this are not followed."""
 
 Targets = dict[str, dict[str, dict[str, float]]]
+"""By service, by pool: ``replicas``, ``batch_cap`` and ``time_s`` (of the decision, Unix time)."""
 
 
 def targets_file() -> Path:
-    """The file that the controller writes and Serve reads."""
+    """The file that the controller writes (`targets_file` of the live configuration) and Serve reads."""
     return Path(os.environ.get(TARGETS_FILE_VARIABLE, DEFAULT_TARGETS_FILE))
-
-
-def publish(targets: Mapping[str, Mapping[str, Mapping[str, float]]], file: Path) -> None:
-    """Write targets: by service, by pool, ``replicas``, ``batch_cap`` and ``time_s`` (of the decision, Unix time).
-
-    The file appears whole or not at all.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(targets), encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass

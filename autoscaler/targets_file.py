@@ -5,11 +5,12 @@ This module must not know how the file is read.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.controller import not_acted
-from autoscaler.ray_serve import publish
 from policies.contract import Decision
 
 
@@ -43,9 +44,11 @@ class TargetsFile:
                     }
                     for column, pool in enumerate(self._pools[row])
                 }
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            publish(self._targets, self.path)
+            partial.write_text(json.dumps(self._targets), encoding="utf-8")
+            partial.replace(self.path)  # it appears whole or not at all
             self.problem = ""
         except OSError as error:
             self.problem = f"{self.path}: cannot be written: {error.strerror or error}"

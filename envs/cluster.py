@@ -27,7 +27,7 @@ from envs.state import (
     Records,
 )
 from envs.traces import Trace
-from policies.contract import Floats, Ints, Snapshot, Target
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Ints, Snapshot, Target
 from policies.objective import Usage
 from policies.spec import PoolSpec, ScalingSpec, WindowSpec
 
@@ -83,11 +83,12 @@ class Reading(NamedTuple):
     read_s: Floats  # (n,)
     services: Floats  # (SERVICE_COLUMNS, n)
     pools: Floats  # (POOL_COLUMNS, P, n)
+    histograms: Floats  # (TTFT bins then TPOT bins, n), or (0, n)
 
     @classmethod
-    def of(cls, read_s: Floats, services: Floats, pools: Floats) -> Reading:
-        """From the kernel's arrays: (n,), (n, SERVICE_COLUMNS) and (n, P, POOL_COLUMNS)."""
-        return cls(read_s.copy(), services.T.copy(), pools.transpose(2, 1, 0).copy())
+    def of(cls, read_s: Floats, services: Floats, pools: Floats, histograms: Floats) -> Reading:
+        """From the kernel's arrays: (n,), (n, SERVICE_COLUMNS), (n, P, POOL_COLUMNS) and (n, bins)."""
+        return cls(read_s.copy(), services.T.copy(), pools.transpose(2, 1, 0).copy(), histograms.T.copy())
 
     def patched(self, services: Ints, other: Reading) -> Reading:
         """This reading with the listed services (k,) as in `other`."""
@@ -109,7 +110,8 @@ class SimulatedCluster:
         rows: replica rows per service, see `pool_rows`.
         slots: requests that one replica may hold: the largest `max_num_seqs`.
         window: control interval and metrics delay.
-        record: keep first-token and finish times per trace row (each row must then belong to one service only).
+        record: keep first-token and finish times per trace row (each row must then belong to one service only), and
+            report latency histograms; training needs neither.
 
     Raises:
         ValueError: when a service needs more than 4,096 slots per replica.
@@ -130,6 +132,7 @@ class SimulatedCluster:
         self.library = library
         self.window = window
         requests = len(library.arrival_s) if record else 0
+        bins = len(TTFT_EDGES_S) + len(TPOT_EDGES_S) + 2 if record else 0
         ring = rows * slots  # every replica may be reclaimed with every slot taken
         self.arrays = ClusterArrays(
             pools=pools,
@@ -155,12 +158,16 @@ class SimulatedCluster:
             first_token_s=np.full(requests, np.nan),
             finish_s=np.full(requests, np.nan),
             served_by=np.full(requests, -1, np.int16),
+            ttft_edges_s=np.array(TTFT_EDGES_S),
+            tpot_edges_s=np.array(TPOT_EDGES_S),
+            histograms=np.zeros((n, bins), np.int64),
         )
         self._everything = np.arange(n)
         self._services = np.zeros((n, len(SERVICE_COLUMNS)))
         self._pools = np.zeros((n, pools, len(POOL_COLUMNS)))
+        self._histograms = np.zeros((n, bins))
         self._read_s = np.zeros(n)
-        self._latest = self._previous = Reading.of(self._read_s, self._services, self._pools)
+        self._latest = self._previous = self._reading()
         self._kv_capacity = np.ones((n, pools), order="F")
 
     @classmethod
@@ -241,8 +248,9 @@ class SimulatedCluster:
         self._kv_capacity[services] = np.maximum(pool_records["kv_capacity"], 1)
         self._services[services] = 0.0
         self._pools[services] = 0.0
+        self._histograms[services] = 0
         self._read_s[services] = 0.0
-        self._latest = Reading.of(self._read_s, self._services, self._pools)
+        self._latest = self._reading()
         self._previous = self._previous.patched(services, self._latest)
 
     # Clock
@@ -265,8 +273,13 @@ class SimulatedCluster:
         self._previous = self._previous.patched(services, self._latest)
         now_s = self.arrays.service["now_s"]
         self._read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, now_s)[services]
-        fleet_step.run_windows(self.arrays, services, self._read_s, act_s, self._services, self._pools)
-        self._latest = Reading.of(self._read_s, self._services, self._pools)
+        fleet_step.run_windows(
+            self.arrays, services, self._read_s, act_s, self._services, self._pools, self._histograms
+        )
+        self._latest = self._reading()
+
+    def _reading(self) -> Reading:
+        return Reading.of(self._read_s, self._services, self._pools, self._histograms)
 
     # Metrics source
 
@@ -288,6 +301,8 @@ class SimulatedCluster:
             column: Floats = latest.pools[P[name]].T
             return column
 
+        per_bin = ((latest.histograms - previous.histograms) / span_s).T
+        ttft_bins = min(len(TTFT_EDGES_S) + 1, per_bin.shape[1])
         ready = pool("replicas_ready")
         return Snapshot(
             time_s=latest.read_s,
@@ -303,6 +318,8 @@ class SimulatedCluster:
             oldest_wait_s=latest.services[S["oldest_wait_s"]],
             ttft_attainment=mean("ttft_ok", "first_tokens"),
             tpot_attainment=mean("tpot_ok", "finished"),
+            ttft_histogram_rps=per_bin[:, :ttft_bins],
+            tpot_histogram_rps=per_bin[:, ttft_bins:],
             replicas_target=pool("replicas_target"),
             replicas_starting=pool("replicas_starting"),
             replicas_ready=ready,
@@ -321,8 +338,10 @@ class SimulatedCluster:
     def window_usage(self) -> Usage:
         """Usage in the last window; `overdue` is the level at its end."""
         latest, previous = self._latest, self._previous
-        window = Reading(
-            latest.read_s - previous.read_s, latest.services - previous.services, latest.pools - previous.pools
+        window = latest._replace(
+            read_s=latest.read_s - previous.read_s,
+            services=latest.services - previous.services,
+            pools=latest.pools - previous.pools,
         )
         return _usage(window, latest.services[S["overdue"]])
 

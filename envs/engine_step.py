@@ -127,6 +127,15 @@ def _free_slot(st, g, k):
 
 
 @njit(**HOT)
+def _count(histograms, v, first_bin, edges_s, value_s):
+    """Add one to service `v`'s bin of `value_s`; an edge belongs to the bin below it."""
+    bin_ = 0
+    while bin_ < edges_s.size and value_s > edges_s[bin_]:
+        bin_ += 1
+    histograms[v, first_bin + bin_] += 1
+
+
+@njit(**HOT)
 def _finish(st, v, g, k, now_s):
     """Request in slot `k` has emitted its last token at `now_s`."""
     service = st.service[v]
@@ -139,6 +148,9 @@ def _finish(st, v, g, k, now_s):
     in_time = slot.first_s - slot.arrival_s <= service.ttft_slo_s
     steady = output <= 1 or now_s - slot.first_s <= service.tpot_slo_s * (output - 1)
     service.tpot_ok += steady
+    if st.histograms.size > 0:
+        tpot_s = (now_s - slot.first_s) / max(output - 1, 1)
+        _count(st.histograms, v, st.ttft_edges_s.size + 1, st.tpot_edges_s, tpot_s)
     if in_time and steady:
         service.good += 1
         service.good_tokens += slot.prompt + output
@@ -163,6 +175,8 @@ def _emit_after_prefill(st, v, g, k, now_s):
         slot.first_s = now_s
         service.first_tokens += 1
         service.ttft_ok += now_s - slot.arrival_s <= service.ttft_slo_s
+        if st.histograms.size > 0:
+            _count(st.histograms, v, 0, st.ttft_edges_s, now_s - slot.arrival_s)
     if slot.emitted >= slot.output:
         replica.kv_used -= slot.target
         _finish(st, v, g, k, now_s)

@@ -413,8 +413,8 @@ def _overdue(st, v):
 
 
 @njit(**KERNEL)
-def measure(st, v, service_out, pool_out):
-    """Write the measurements of service `v` now: rows of SERVICE_COLUMNS, and of POOL_COLUMNS per pool."""
+def measure(st, v, service_out, pool_out, histograms_out):
+    """Write the measurements of service `v` now: rows of SERVICE_COLUMNS, of POOL_COLUMNS per pool, and histograms."""
     service = st.service[v]
     now_s = service.now_s
     oldest_s = now_s
@@ -502,6 +502,8 @@ def measure(st, v, service_out, pool_out):
     service_out[17] = service.scale_ups
     service_out[18] = service.scale_downs
     service_out[19] = _overdue(st, v)
+    for i in range(histograms_out.size):
+        histograms_out[i] = st.histograms[v, i]
 
 
 @njit(nogil=True, **KERNEL)
@@ -513,14 +515,14 @@ def apply_all(st, replicas, batch_cap):
 
 
 @njit(nogil=True, **KERNEL)
-def run_windows(st, services, read_s, act_s, service_out, pool_out):
+def run_windows(st, services, read_s, act_s, service_out, pool_out, histograms_out):
     """One control window for each listed service: run to `read_s`, measure, run on to `act_s`.
 
-    Arrays are as wide as the cluster: times (n,), outputs (n, SERVICE_COLUMNS) and (n, pools, POOL_COLUMNS).
+    Arrays are as wide as the cluster: times (n,), outputs (n, SERVICE_COLUMNS), (n, pools, POOL_COLUMNS) and (n, bins).
     """
     for v in services:
         advance(st, v, read_s[v])
-        measure(st, v, service_out[v], pool_out[v])
+        measure(st, v, service_out[v], pool_out[v], histograms_out[v])
         advance(st, v, act_s[v])
 
 
@@ -561,6 +563,8 @@ def reset_service(st, v, origin_s, first_row, end_row, seed, replicas):
     service.scale_ups = 0
     service.scale_downs = 0
     service.max_kv = 0
+    for i in range(st.histograms.shape[1]):
+        st.histograms[v, i] = 0
     for g in range(v * st.rows, (v + 1) * st.rows):
         st.status[g] = GONE
         st.load[g] = INF

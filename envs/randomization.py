@@ -306,6 +306,8 @@ def steady_demand(fleet: Fleet, totals: Floats, span_s: Floats) -> Floats:
         oldest_wait_s=zeros,
         ttft_attainment=zeros + 1.0,
         tpot_attainment=zeros + 1.0,
+        ttft_histogram_rps=np.zeros((n, 0)),
+        tpot_histogram_rps=np.zeros((n, 0)),
         replicas_target=none,
         replicas_starting=none,
         replicas_ready=none,

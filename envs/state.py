@@ -196,3 +196,6 @@ class ClusterArrays(NamedTuple):
     first_token_s: Floats  # per request row; empty when nothing is recorded
     finish_s: Floats
     served_by: npt.NDArray[np.int16]  # pool index of the finishing attempt
+    ttft_edges_s: Floats  # upper edges of the histogram's bins
+    tpot_edges_s: Floats
+    histograms: Ints  # (n, TTFT bins then TPOT bins) requests since the episode began; (n, 0) when nobody reads them

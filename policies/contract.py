@@ -22,6 +22,16 @@ Features = npt.NDArray[np.float32]
 
 BOOT_BINS = 3
 """Starting replicas are counted by expected remaining time: under 30 s, 30 to 120 s, longer."""
+TTFT_EDGES_S = (
+    *(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5),
+    *(2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
+"""Upper edges of the TTFT histogram's bins, seconds; one more bin holds what is slower."""
+TPOT_EDGES_S = (
+    *(0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075),
+    *(0.1, 0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.0),
+)
+"""Upper edges of the TPOT histogram's bins, seconds; one more bin holds what is slower."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,6 +40,11 @@ class Snapshot:
 
     Shapes are (n,) for the service, (n, P) for its pools. Rates are means over the window. NaN means missing;
     a pool that a service does not have (padding) holds 0, never NaN.
+
+    The histograms count requests per bin, not cumulatively, and add up over windows. A source whose buckets have other
+    edges interpolates its cumulative counts linearly at these, which is what PromQL's `histogram_quantile` assumes
+    inside a bucket, so that a quantile of either is the same. They may have no bins at all, (n, 0), where nobody reads
+    them (training); that means missing, as NaN does.
     """
 
     time_s: Floats  # (n,) end of the window
@@ -46,6 +61,8 @@ class Snapshot:
     oldest_wait_s: Floats  # (n,) age of the oldest request without service, seconds
     ttft_attainment: Floats  # (n,) share of first tokens within the TTFT objective, 0..1
     tpot_attainment: Floats  # (n,) share of finished requests within the TPOT objective, 0..1
+    ttft_histogram_rps: Floats  # (n, len(TTFT_EDGES_S) + 1) first tokens per second by TTFT; or (n, 0)
+    tpot_histogram_rps: Floats  # (n, len(TPOT_EDGES_S) + 1) finished requests per second by TPOT; or (n, 0)
 
     replicas_target: Floats  # (n, P) what was last asked for
     replicas_starting: Floats  # (n, P)

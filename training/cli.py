@@ -7,12 +7,13 @@ Only typer is imported at the top; everything heavy is imported inside the comma
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoscaler import run_cli
+from autoscaler import edge_cli, run_cli
 from envs import trace_cli
 from training import train_cli
 from training.console import check_writable, one_sentence_errors, progress_bar, say, show_evaluation, write_whole
@@ -210,5 +211,6 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
-for command in run_cli.COMMANDS:
+command: Callable[..., None]
+for command in (*edge_cli.COMMANDS, *run_cli.COMMANDS):
     app.command()(one_sentence_errors(command))

@@ -320,6 +320,8 @@ def test_the_controller_decides_as_a_training_episode_with_zero_actions() -> Non
     assert len(decisions) == len(seen)
     for tick, (decision, snapshot) in enumerate(zip(decisions, seen, strict=True)):
         for field in fields(Snapshot):
+            if field.name.endswith("_histogram_rps"):
+                continue  # training keeps none, and no feature is made of them
             ours, theirs = getattr(decision.snapshot, field.name), getattr(snapshot, field.name)
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{field.name} at tick {tick}")
     for decision, snapshot in zip(decisions[:-1], seen[1:], strict=True):

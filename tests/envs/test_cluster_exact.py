@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from reference_cluster import ReferencePool, simulate
 
 from envs.cluster import SimulatedCluster
+from envs.library import RequestLibrary
 from envs.traces import Trace
-from policies.contract import Target
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Target
 from policies.engine import ColdStart, EngineProfile, StepModel
-from policies.spec import PoolSpec, ScalingSpec, Slo
+from policies.spec import PoolSpec, ScalingSpec, Slo, WindowSpec
 
 TOLERANCE_S = 1e-9
 
@@ -188,3 +189,33 @@ def test_drained_replicas_finish_what_they_have_and_equal_the_reference() -> Non
         drain_at={least: 4.0},
     )
     assert_equal_times(cluster.arrays.finish_s, reference.finish_s)
+
+
+def test_histograms_count_every_first_token_and_finish_in_its_window() -> None:
+    rng = np.random.default_rng(5)
+    trace = Trace.from_arrays(
+        arrival_s=np.cumsum(rng.exponential(0.05, 400)),
+        prompt_tokens=rng.integers(1, 300, 400),
+        output_tokens=rng.integers(1, 60, 400),
+        name="histograms",
+    )
+    cluster = cluster_of([ReferencePool(profile(), 2, 8)], trace)
+    ttft, tpot = np.zeros(len(TTFT_EDGES_S) + 1), np.zeros(len(TPOT_EDGES_S) + 1)
+    for tick in range(1, 20):
+        cluster.wait_until(15.0 * tick)
+        window = cluster.read()
+        ttft += window.ttft_histogram_rps[0] * window.window_s[0]
+        tpot += window.tpot_histogram_rps[0] * window.window_s[0]
+    first_s, finish_s = cluster.arrays.first_token_s, cluster.arrays.finish_s
+    assert np.isfinite(finish_s).all()
+    steps = np.maximum(trace.output_tokens - 1, 1)
+    for counted, values, edges in (
+        (ttft, first_s - trace.arrival_s, TTFT_EDGES_S),
+        (tpot, (finish_s - first_s) / steps, TPOT_EDGES_S),
+    ):
+        assert counted.round(6).tolist() == np.bincount(np.searchsorted(edges, values), minlength=21).tolist()
+
+
+def test_training_clusters_keep_no_histograms() -> None:
+    library = RequestLibrary.of([trace_of([0.0], [1], [1], [0])])
+    assert SimulatedCluster(library, 2, 1, 1, 4, WindowSpec()).read().ttft_histogram_rps.shape == (2, 0)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from policies.contract import BOOT_BINS, Bools, Floats, Observation, Snapshot, Target
+from policies.contract import BOOT_BINS, TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation, Snapshot, Target
 from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.observation import FEATURES
@@ -28,9 +28,10 @@ POOL_FIELDS = (
     "kv_cache_usage",
     "batch_cap",
 )
+HISTOGRAMS = {"ttft_histogram_rps": len(TTFT_EDGES_S) + 1, "tpot_histogram_rps": len(TPOT_EDGES_S) + 1}
 SHARES = ("ttft_attainment", "tpot_attainment", "kv_cache_usage")
 # A healthy service: 2 requests a second of 100 prompt and 200 output tokens on two replicas per pool.
-HEALTHY: dict[str, float] = {
+HEALTHY: dict[str, Any] = {
     "time_s": 100.0,
     "window_s": 15.0,
     "arrival_rps": 2.0,
@@ -44,6 +45,8 @@ HEALTHY: dict[str, float] = {
     "oldest_wait_s": 0.0,
     "ttft_attainment": 1.0,
     "tpot_attainment": 1.0,
+    "ttft_histogram_rps": [0.0, 2.0] + [0.0] * (len(TTFT_EDGES_S) - 1),  # 50 to 100 ms
+    "tpot_histogram_rps": [0.0, 0.0, 2.0] + [0.0] * (len(TPOT_EDGES_S) - 2),  # 10 to 15 ms
     "replicas_target": 2.0,
     "replicas_starting": 0.0,
     "replicas_ready": 2.0,
@@ -102,6 +105,8 @@ def fleet(*pools: PoolSpec, n: int = 1, width: int | None = None, **overrides: A
 def shape_of(name: str, n: int, pools: int) -> tuple[int, ...]:
     if name == "boot_pipeline":
         return (n, pools, BOOT_BINS)
+    if name in HISTOGRAMS:
+        return (n, HISTOGRAMS[name])
     return (n, pools) if name in POOL_FIELDS else (n,)
 
 
