@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,9 @@ def run(
 
     paths = [*config, *(more or [])]
     loaded = [load_live_config(path).located(Path.cwd()) for path in paths]
+    names = [one.name for one in loaded]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two configurations have the name {max(names, key=names.count)!r}; give each its own")
     for one in loaded:
         _say(f"{one.name}: {len(one.services)} services, mode {one.mode.value} unless ordered otherwise")
     if not ray:
@@ -343,4 +347,4 @@ def _say(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
-COMMANDS = (run, status, explain, mode, pause, resume, down, replay)
+COMMANDS: tuple[Callable[..., None], ...] = (run, status, explain, mode, pause, resume, down, replay)

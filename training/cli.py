@@ -7,7 +7,6 @@ Only typer is imported at the top; everything heavy is imported inside the comma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -211,6 +210,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
-command: Callable[..., None]
-for command in (*edge_cli.COMMANDS, *run_cli.COMMANDS):
+for command in run_cli.COMMANDS:
+    app.command()(one_sentence_errors(command))
+for command in edge_cli.COMMANDS:
     app.command()(one_sentence_errors(command))
