@@ -200,6 +200,9 @@ REPLICA_SOURCES: dict[str, Gateway] = {
 }
 
 
+_SPELLING = re.compile(r"^(ray_)?(vllm|sglang)[:_]")
+
+
 def duration(seconds: float) -> str:
     """A PromQL duration, exact to a millisecond."""
     milliseconds = round(seconds * 1000)
@@ -257,9 +260,26 @@ def render(
     series = [selector(candidate, matchers, le) for candidate in candidates]
     if shape in ("rate", "bucket_rate"):
         series = [f"rate({one}[{duration(window_s)}])" for one in series]
+    if shape == "bucket_rate":
+        series = _apart(candidates, series)
     by = ", ".join((*labels, "le") if shape == "bucket_rate" else labels)
     function = {"mean": "avg", "max": "max"}.get(shape, "sum")
     return f"{function} by ({by}) ({' or '.join(series)})"
+
+
+def _apart(candidates: Sequence[str], series: Sequence[str]) -> list[str]:
+    """Histograms of which a target is read for one only, the first that it has.
+
+    Bucket by bucket, `or` would fill a histogram up with another one's buckets where their edges differ.
+    """
+    stems: dict[str, list[str]] = {}
+    for candidate, one in zip(candidates, series, strict=True):
+        stems.setdefault(_SPELLING.sub("", candidate), []).append(one)
+    groups = [" or ".join(group) for group in stems.values()]
+    parts = [groups[0]]
+    for place, group in enumerate(groups[1:], start=1):
+        parts.append(f"(({group}) unless ignoring (le) ({' or '.join(groups[:place])}))")
+    return parts
 
 
 def render_seen(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str]) -> str:

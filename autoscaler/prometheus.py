@@ -9,6 +9,7 @@ This module must not know what is decided from a snapshot.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from pydantic import Field, model_validator
 
 from autoscaler import metric_presets as presets
 from autoscaler.actuators.base import FleetState, PoolName, pools_of
-from policies.contract import BOOT_BINS, Floats, MetricsUnavailable, Snapshot
+from policies.contract import BOOT_BINS, TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
 from policies.engine import ConfigError, NonNegative, Positive, StrictModel
 from policies.spec import ScalingSpec, Share
 
@@ -124,6 +125,10 @@ class PrometheusConfig(StrictModel):
     timeout_s: Positive = Field(default=2.0, description="Longest wait for one answer.")
     deadline_s: Positive = Field(default=5.0, description="Longest time for one snapshot, retries included.")
     attempts: int = Field(default=3, ge=1, le=10, description="Tries of one query within the deadline.")
+    histograms: bool = Field(
+        default=True,
+        description="Fetch whole latency histograms, for policies that scale on quantiles; else the objectives' edges.",
+    )
     auth: PrometheusAuth = Field(default=PrometheusAuth(), description="How to log in.")
 
     @model_validator(mode="after")
@@ -178,7 +183,7 @@ class PrometheusClient:
             session.cert = (str(auth.client_cert_file), key) if key else str(auth.client_cert_file)
         # The client's own retries know no deadline, and its default is to wait for ever.
         self._connect: PrometheusConnect = PrometheusConnect(
-            url=config.url.rstrip("/"), session=session, retry=Retry(0), timeout=config.timeout_s, method="POST"
+            url=config.url.rstrip("/"), session=session, retry=Retry(0), timeout=config.timeout_s
         )
 
     def log_in(self) -> None:
@@ -249,7 +254,9 @@ class PrometheusClient:
                 if "Status Code 4" in why and "Status Code 429" not in why:
                     break  # the server understood and refuses: asking again changes nothing
             except (RequestException, ValueError, KeyError, TypeError) as error:
-                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                # The whole query is in the address, which would hide what went wrong.
+                sentence = " ".join(re.sub(r"with url: \S+", "", str(error)).split())
+                why = f"{type(error).__name__}: {sentence[:300]}"
             time.sleep(max(0.0, min(pause_s, until_s - time.monotonic())))
             pause_s *= 2
         raise PrometheusQueryError(why)
@@ -417,9 +424,11 @@ class PrometheusSource:
         finished = seen(service("finished"))
         running, waiting = seen(pool_values("running")), pool_values("waiting")
         waiting = seen(waiting)
-        first_tokens = self._attainment("ttft_bucket", answers, self._slo_ttft, self._gateway_wait(values), problems)
-        ttft, ttft_count = first_tokens
-        tpot, _ = self._attainment("tpot_bucket", answers, self._slo_tpot, np.zeros(n), problems)
+        wait_s = self._gateway_wait(values)
+        ttft, ttft_bins, ttft_count = self._latency(
+            "ttft_bucket", answers, self._slo_ttft, wait_s, TTFT_EDGES_S, problems
+        )
+        tpot, tpot_bins, _ = self._latency("tpot_bucket", answers, self._slo_tpot, np.zeros(n), TPOT_EDGES_S, problems)
         arrival = service("arrival")
         if self.config.gateway == "none":
             # Nothing counts arrivals in front of the engines: first tokens follow them, late by the engines' queue.
@@ -447,6 +456,8 @@ class PrometheusSource:
             oldest_wait_s=self._oldest_wait(backlog, finished, now_s),
             ttft_attainment=np.where(lost, np.nan, ttft),
             tpot_attainment=np.where(lost, np.nan, tpot),
+            ttft_histogram_rps=np.where(lost[:, None], np.nan, ttft_bins),
+            tpot_histogram_rps=np.where(lost[:, None], np.nan, tpot_bins),
             replicas_target=target,
             replicas_starting=starting,
             replicas_ready=ready,
@@ -527,44 +538,53 @@ class PrometheusSource:
             return np.zeros(len(self.specs))
         return values["queue_wait"]
 
-    def _attainment(
+    def _latency(
         self,
         signal: str,
         answers: Mapping[str, list[dict[str, Any]]],
         slo_s: Floats,
         wait_s: Floats,
+        edges_s: Sequence[float],
         problems: list[str],
-    ) -> tuple[Floats, Floats]:
-        """(n,) share within the objective and (n,) events per second.
+    ) -> tuple[Floats, Floats, Floats]:
+        """(n,) share within the objective, (n, edges + 1) events per second by latency, (n,) events per second.
 
-        Exact where the objective is a bucket edge and nothing waits in front. With a wait, the largest edge that the
-        wait leaves room for is read: the share can then only be too low.
+        The share is exact where the objective is a bucket edge and nothing waits in front. With a wait, the largest
+        edge that the wait leaves room for is read: the share can then only be too low. The histogram is moved by the
+        wait and interpolated at the edges of the contract.
         """
         n = len(self.specs)
         buckets: list[dict[float, float]] = [{} for _ in range(n)]
         query = next((one for one in self.queries if one.signal == signal), None)
-        for sample in answers.get(signal, []) if query else []:
-            row = self._rows[query.kind].get(sample["metric"].get(query.label, "")) if query else None
-            if row is not None:
-                edge = float(sample["metric"]["le"])
-                buckets[row][edge] = buckets[row].get(edge, 0.0) + float(sample["value"][1])
+        if query is not None:
+            rows = self._rows[query.kind]
+            for sample in answers.get(signal, []):
+                row = rows.get(sample["metric"].get(query.label, ""))
+                if row is not None:
+                    edge = float(sample["metric"]["le"])  # 1 and 1.0 are one edge
+                    buckets[row][edge] = buckets[row].get(edge, 0.0) + float(sample["value"][1])
         share, rate = np.full(n, np.nan), np.full(n, np.nan)
+        by_latency = np.full((n, len(edges_s) + 1 if self.config.histograms else 0), np.nan)
         for row, histogram in enumerate(buckets):
             count = histogram.get(np.inf, np.nan)
             rate[row] = count if np.isfinite(count) else np.nan
             room_s = slo_s[row] - wait_s[row]
-            if not count > 0 or not np.isfinite(room_s):
+            if not np.isfinite(count + room_s):
                 continue
-            if wait_s[row] <= 0:
-                edge = next((one for one in histogram if np.isclose(one, slo_s[row], rtol=1e-6)), np.nan)
-                if np.isnan(edge):
+            if self.config.histograms:
+                by_latency[row] = _rebin(histogram, np.asarray(edges_s) - wait_s[row])
+            if count <= 0:
+                continue
+            if wait_s[row] > 0:
+                within = max((histogram[one] for one in histogram if one <= room_s * (1 + 1e-6)), default=0.0)
+            else:
+                at_edge = [one for one in histogram if abs(one - room_s) <= 1e-6 * room_s]
+                if not at_edge:
                     problems.append(f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge")
                     continue
-                within = histogram[edge]
-            else:
-                within = max((histogram[one] for one in histogram if one <= room_s * (1 + 1e-6)), default=0.0)
+                within = histogram[at_edge[0]]
             share[row] = min(max(within / count, 0.0), 1.0) if np.isfinite(within) else np.nan
-        return share, rate
+        return share, by_latency, rate
 
     def _oldest_wait(self, backlog: Floats, finished: Floats, now_s: float) -> Floats:
         """(n,) estimated age of the oldest unserved request: nothing exports it.
@@ -614,6 +634,16 @@ class BootLedger:
         return counts
 
 
+def _rebin(histogram: Mapping[float, float], edges_s: Floats) -> Floats:
+    """Cumulative counts by upper edge as counts per bin of other edges, linear inside a bucket; the last bin is open.
+
+    What is above the largest finite edge of the source is in the last bin.
+    """
+    finite = sorted(edge for edge in histogram if np.isfinite(edge))
+    cumulative = np.interp(edges_s, [0.0, *finite], [0.0, *(histogram[edge] for edge in finite)], left=0.0)
+    return np.maximum(np.diff(cumulative, prepend=0.0, append=histogram[np.inf]), 0.0)
+
+
 def presets_per_pool(signal: str) -> bool:
     """Whether a signal is kept apart by pool."""
     return signal == "seen" or (signal in presets.SIGNALS and presets.SIGNALS[signal].per_pool)
@@ -645,9 +675,9 @@ def build_queries(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> lis
     }
     waits = gateway is not None and not gateway.measures_ttft and "queue_wait" in gateway.names
     edges = {
-        # A wait at the gateway moves the edge that is read, so all of them are needed.
-        "ttft_bucket": () if waits else sorted({spec.slo.ttft_s for spec in specs}),
-        "tpot_bucket": sorted({spec.slo.tpot_s for spec in specs}),
+        # All edges for a histogram, or where a wait at the gateway moves the edge that is read.
+        "ttft_bucket": () if waits or config.histograms else sorted({spec.slo.ttft_s for spec in specs}),
+        "tpot_bucket": () if config.histograms else sorted({spec.slo.tpot_s for spec in specs}),
     }
     queries = []
     for signal, (names, kind) in candidates_by_signal(config).items():

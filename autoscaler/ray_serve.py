@@ -75,7 +75,8 @@ def policy(context: Any) -> tuple[int, dict[str, Any]]:
         Replicas, within the deployment's bounds, and the policy's state, which is not used.
     """
     targets = read_targets(targets_file())
-    pools = targets.get(context.deployment_name) or targets.get(context.app_name or "") or {}
+    pools = targets.get(context.deployment_name) or targets.get(context.app_name or "")
+    pools = pools if isinstance(pools, dict) else {}
     entry = pools.get(context.deployment_name) or (next(iter(pools.values())) if len(pools) == 1 else None)
     replicas = _followed(entry)
     if replicas is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import http.client
+import json
 import lzma
 import os
 import shutil
@@ -137,8 +138,9 @@ class Prometheus(Process):
         self.url = f"http://127.0.0.1:{self.port}"
         self.targets = folder / "targets.json"
         self.targets.write_text("[]")
+        interval = f"{round(scrape_s * 1000)}ms"
         config = {
-            "global": {"scrape_interval": f"{scrape_s:g}s", "scrape_timeout": f"{scrape_s:g}s"},
+            "global": {"scrape_interval": interval, "scrape_timeout": interval},
             "scrape_configs": [
                 {
                     "job_name": "tests",
@@ -168,11 +170,20 @@ class Prometheus(Process):
 
     def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         """Scrape these: (address, labels)."""
-        import json
-
         partial = self.targets.with_suffix(".partial")
         partial.write_text(json.dumps([{"targets": [at], "labels": dict(labels)} for at, labels in groups]))
         partial.replace(self.targets)
+
+    def wait_scraped(self, addresses: Sequence[str]) -> None:
+        """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
+
+        def scraped() -> bool:
+            with urllib.request.urlopen(f"{self.url}/api/v1/targets", timeout=5) as response:
+                active = json.load(response)["data"]["activeTargets"]
+            up = {one["labels"]["instance"] for one in active if one["health"] == "up"}
+            return up >= set(addresses)
+
+        wait_until(scraped, "all targets are scraped")
 
 
 class HAProxy(Process):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from kube_objects import create_deployment
+from kube_objects import create_deployment, delete_config_maps, set_ready
 from servers import HAProxy, KubeApiServer, wait_until
 
 from autoscaler.actuators import LiveActuator, PartlyFailed, build_actuator
@@ -195,7 +195,7 @@ def test_names_of_pools_lead_back_to_their_places() -> None:
     assert labels == {"code": (0, 0), f"chat/{ENGINE.name}": (1, 0), "chat/spot": (1, 1)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_applications(ray_serve: str) -> str:
     """Three declared applications: two are ours, one is not."""
     applications = [
@@ -222,4 +222,4 @@ def deployments_settle(address: str) -> None:
         found = requests.get(f"{address}/api/serve/applications/", timeout=10).json()["applications"]
         return len(found) >= 3 and all(one["status"] == "RUNNING" for one in found.values())
 
-    wait_until(running, "applications run", pause_s=0.3)
+    wait_until(running, "applications run", limit_s=400.0, pause_s=0.3)
