@@ -129,7 +129,7 @@ def twenty_requests_a_step() -> ScenarioBank:
         trace_s=2 * 3600.0,
         profiles={"chat": 1.0},
         engines=("llama-3.1-70b-h100-tp4",),
-        mean_replicas=(0.25, 0.4),
+        mean_replicas=(0.1, 0.18),
         max_replicas=8,
     )
     return draw_bank(ranges, InterfaceSpec(), GuardrailSpec(), ObjectiveSpec(), 0)
