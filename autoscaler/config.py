@@ -19,7 +19,7 @@ from autoscaler.ladder import LadderSpec
 from autoscaler.leases import LeaseSpec
 from autoscaler.policy_follower import PolicyConfig
 from autoscaler.prometheus import PrometheusConfig
-from autoscaler.records import RecordsConfig, expand_secrets
+from autoscaler.records import RecordsConfig, database_file, expand_secrets
 from autoscaler.supervision import SupervisionSpec
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml
 from policies.spec import ScalingSpec, load_spec, resolve_engines
@@ -109,6 +109,12 @@ class LiveConfig(StrictModel):
         """Seconds between two ticks."""
         return self.services[0].interface.window.control_interval_s
 
+    @model_validator(mode="after")
+    def _a_shard_each(self) -> LiveConfig:
+        if self.shards > len(self.services):
+            raise ValueError(f"shards: {self.shards} actors for {len(self.services)} services; at most one each")
+        return self
+
     @property
     def database_url(self) -> str:
         """The URL of the records with its secrets filled in.
@@ -120,6 +126,20 @@ class LiveConfig(StrictModel):
             return expand_secrets(self.records.url, dict(os.environ))
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+    def located(self, folder: Path) -> LiveConfig:
+        """The same with every path that the controller writes made absolute, relative to `folder`."""
+        file = database_file(self.records.url)
+        records = self.records
+        if file is not None and not file.is_absolute():
+            records = records.model_copy(update={"url": f"sqlite:///{(folder / file).resolve()}"})
+        policy = self.policy.model_copy(update={"cache": folder / self.policy.cache})
+        if policy.reference.endswith(".zip"):
+            policy = policy.model_copy(update={"reference": str((folder / policy.reference).resolve())})
+        paths = {
+            name: folder / path for name in ("kill_file", "targets_file") if (path := getattr(self, name)) is not None
+        }
+        return self.model_copy(update={"records": records, "policy": policy, **paths})
 
     def shard(self, index: int) -> tuple[ScalingSpec, ...]:
         """The services of one shard, in their order; every service belongs to exactly one."""

@@ -36,7 +36,7 @@ from policies.contract import (
 from policies.decider import Decider
 
 
-class RecordsUnavailable(RuntimeError):  # noqa: N818 - reads as the state that it reports
+class RecordsUnavailable(OSError):  # noqa: N818 - reads as the state that it reports
     """Raised by a recorder that could not keep a decision; what is not recorded is not carried out."""
 
 

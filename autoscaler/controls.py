@@ -19,6 +19,8 @@ import sqlalchemy as sa
 from autoscaler.database import CONTROLS, Database
 
 EVERY_SERVICE = "*"
+CONTROLLER = "@"
+"""In front of a controller's name, where the order is for it and not for a service."""
 KILLED, RELEASED = "killed", "released"
 ANNOTATION = "jevons.dev/kill-switch"
 """Annotation of a Lease object; the value `true` engages the kill switch for its service."""
@@ -40,11 +42,13 @@ class Orders:
         modes: by service, as far as one was ordered.
         ordered_s: Unix time of each order by service; a hold that is older ends.
         killed: why the kill switch is engaged in the database, empty when it is not.
+        down_s: Unix time at which each controller was told to end, by its name.
     """
 
     modes: dict[str, Mode]
     ordered_s: dict[str, float]
     killed: str
+    down_s: dict[str, float]
 
 
 class Controls:
@@ -65,10 +69,12 @@ class Controls:
         """
         with self._database.begin() as connection:
             rows = connection.execute(CONTROLS.select()).all()
+        down = {row.service[1:]: float(row.changed_s) for row in rows if row.service.startswith(CONTROLLER)}
+        rows = [row for row in rows if not row.service.startswith(CONTROLLER)]
         modes = {row.service: Mode(row.mode) for row in rows if row.service != EVERY_SERVICE}
         ordered = {row.service: float(row.changed_s) for row in rows}
         killed = [row.changed_by for row in rows if row.service == EVERY_SERVICE and row.mode == KILLED]
-        return Orders(modes, ordered, f"ordered by {killed[0]}" if killed else "")
+        return Orders(modes, ordered, f"ordered by {killed[0]}" if killed else "", down)
 
     def set_mode(self, services: Sequence[str], mode: Mode) -> None:
         """Order a mode for the named services."""
@@ -77,6 +83,10 @@ class Controls:
     def kill(self) -> None:
         """Engage the kill switch for every service of this database."""
         self._write({EVERY_SERVICE: KILLED})
+
+    def end(self, controller: str) -> None:
+        """Tell every shard of a controller that runs now to end."""
+        self._write({f"{CONTROLLER}{controller}": "down"})
 
     def revive(self) -> None:
         """Release the kill switch."""

@@ -76,7 +76,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._orders = Orders({}, {}, "")
+        self._orders = Orders({}, {}, "", {})
         self.pulse = Pulse(
             np.full(n, NOT_HELD), (default_mode,) * n, (-np.inf,) * n, ("",) * n, -np.inf, "no beat has come yet"
         )
@@ -115,6 +115,10 @@ class Heartbeat:
         """(n,) why the kill switch is engaged right now; the file is looked at, not remembered."""
         reason = kill_file_engaged(self.kill_file)
         return tuple(reason or mark for mark in self.pulse.killed)
+
+    def ended_s(self, controller: str) -> float:
+        """Unix time at which the named controller was told to end, -inf when never."""
+        return self._orders.down_s.get(controller, -np.inf)
 
     def start(self, period_s: float) -> None:
         """Beat in the background until `stop`."""

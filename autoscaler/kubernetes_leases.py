@@ -10,16 +10,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
+from autoscaler.actuators.kube_api import Json, KubeApi, KubeError
 from autoscaler.controls import ANNOTATION
 from autoscaler.leases import NOT_HELD, LeaseSpec, LeasesUnavailable, SteadyClock, Watch
 from policies.contract import Ints
 
-TIMEOUT_S = 5.0
-"""Longest wait for one answer of the API server, seconds."""
 PARALLEL = 16
 CONFLICT, MISSING = 409, 404
 
@@ -32,24 +30,18 @@ class KubernetesLeases:
         services: which services to hold.
         holder: name of this controller, unlike any other's.
         now: a clock that never jumps, seconds.
+
+    Raises:
+        KubeError: when there is no usable kubeconfig.
     """
 
     def __init__(
         self, spec: LeaseSpec, services: Sequence[str], holder: str, now: SteadyClock = time.monotonic
     ) -> None:
-        from kubernetes import client, config
-
-        configuration = client.Configuration()
-        load: Any = config  # published with partial type information
-        if spec.kubeconfig is not None:
-            load.load_kube_config(spec.kubeconfig, client_configuration=configuration)
-        else:
-            load.load_incluster_config(configuration)
-        self._client = client
-        self._api = client.CoordinationV1Api(client.ApiClient(configuration))
+        self.holder = holder
+        self._api = KubeApi(spec.connection)
         self._spec = spec
         self._services = tuple(services)
-        self.holder = holder
         self._watch = Watch(services, spec.duration_s, now)
         self._marks = dict.fromkeys(self._services, "")
 
@@ -65,66 +57,60 @@ class KubernetesLeases:
     def release(self) -> None:
         """The objects stay, for their transitions; the holder is nobody."""
         for service in self._services:
-            lease = self._read(service)
-            if lease is not None and lease.spec.holder_identity == self.holder:
-                lease.spec.holder_identity = ""
-                self._write(service, lease)
+            lease = self._asked("GET", service)
+            if lease is not None and lease["spec"].get("holderIdentity") == self.holder:
+                lease["spec"]["holderIdentity"] = ""
+                self._asked("PUT", service, lease)
 
     def _renew_one(self, service: str) -> int:
-        lease = self._read(service)
+        lease = self._asked("GET", service)
         if lease is None:
             return self._create(service)
-        marks = lease.metadata.annotations or {}
-        engaged = str(marks.get(ANNOTATION, "")).lower() == "true"
+        mark = str(lease["metadata"].get("annotations", {}).get(ANNOTATION, ""))
+        engaged = mark.lower() == "true"
         self._marks[service] = f"annotation {ANNOTATION} of Lease {self._name(service)}" if engaged else ""
-        spec = lease.spec
-        token = spec.lease_transitions or 0
-        if spec.holder_identity != self.holder:
-            free = not spec.holder_identity
-            renewal = (spec.holder_identity, token, str(spec.renew_time))
-            if not free and not self._watch.expired(service, spec.holder_identity, renewal):
+        spec = lease.setdefault("spec", {})
+        token, holder = int(spec.get("leaseTransitions", 0)), str(spec.get("holderIdentity", ""))
+        if holder != self.holder:
+            if holder and not self._watch.expired(service, holder, (holder, token, spec.get("renewTime"))):
                 return NOT_HELD
             token += 1
-            spec.holder_identity, spec.lease_transitions = self.holder, token
-            spec.acquire_time = datetime.now(UTC)
-        spec.renew_time = datetime.now(UTC)
-        return token if self._write(service, lease) else NOT_HELD
+            spec |= {"holderIdentity": self.holder, "leaseTransitions": token, "acquireTime": _now()}
+        spec |= {"renewTime": _now(), "leaseDurationSeconds": max(round(self._spec.duration_s), 1)}
+        # Replaced only as it was read: of two controllers that see a lease expire, one gets it.
+        return token if self._asked("PUT", service, lease) is not None else NOT_HELD
 
     def _create(self, service: str) -> int:
-        now = datetime.now(UTC)
-        lease = self._client.V1Lease(
-            metadata=self._client.V1ObjectMeta(name=self._name(service)),
-            spec=self._client.V1LeaseSpec(
-                holder_identity=self.holder,
-                lease_duration_seconds=max(round(self._spec.duration_s), 1),
-                acquire_time=now,
-                renew_time=now,
-                lease_transitions=1,
-            ),
-        )
-        made = self._ask(self._api.create_namespaced_lease, self._spec.namespace, lease)
-        return 1 if made is not None else NOT_HELD
+        lease: Json = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": self._name(service), "namespace": self._spec.namespace},
+            "spec": {
+                "holderIdentity": self.holder,
+                "leaseTransitions": 1,
+                "leaseDurationSeconds": max(round(self._spec.duration_s), 1),
+                "acquireTime": _now(),
+                "renewTime": _now(),
+            },
+        }
+        return 1 if self._asked("POST", service, lease) is not None else NOT_HELD
 
-    def _read(self, service: str) -> Any:
-        return self._ask(self._api.read_namespaced_lease, self._name(service), self._spec.namespace)
-
-    def _write(self, service: str, lease: Any) -> bool:
-        """Replace what was read, unless somebody else was faster."""
-        written = self._ask(self._api.replace_namespaced_lease, self._name(service), self._spec.namespace, lease)
-        return written is not None
-
-    def _ask(self, call: Any, *arguments: Any) -> Any:
-        """The answer; None where the object is missing, or changed since it was read."""
-        from urllib3.exceptions import HTTPError
-
+    def _asked(self, method: str, service: str, body: Json | None = None) -> Json | None:
+        """The answer; None where the object is missing, or not as it was read any more."""
+        folder = f"/apis/coordination.k8s.io/v1/namespaces/{self._spec.namespace}/leases"
         try:
-            return call(*arguments, _request_timeout=TIMEOUT_S)
-        except self._client.ApiException as error:
+            if method == "POST":
+                return self._api.post(folder, body or {})
+            path = f"{folder}/{self._name(service)}"
+            return self._api.get(path) if body is None else self._api.put(path, body)
+        except KubeError as error:
             if error.status in {CONFLICT, MISSING}:
                 return None
-            raise LeasesUnavailable(f"the API server refused a Lease: {error.status} {error.reason}") from error
-        except (HTTPError, OSError) as error:
-            raise LeasesUnavailable(f"the API server does not answer: {error}") from error
+            raise LeasesUnavailable(f"Lease {self._name(service)}: {error}") from error
 
     def _name(self, service: str) -> str:
         return f"{self._spec.prefix}{service}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

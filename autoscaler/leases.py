@@ -20,6 +20,7 @@ import numpy as np
 import sqlalchemy as sa
 from pydantic import Field
 
+from autoscaler.actuators.kube_api import KubeConnection
 from autoscaler.controller import RecordsUnavailable
 from autoscaler.database import LEASES, Database
 from policies.contract import Ints
@@ -46,7 +47,7 @@ class LeaseSpec(StrictModel):
     )
     namespace: str = Field(default="default", description="Namespace of the Lease objects.")
     prefix: str = Field(default="jevons-", description="Name of a service's Lease object is this and the service.")
-    kubeconfig: str | None = Field(default=None, description="Kubeconfig file; the pod's own account when unset.")
+    connection: KubeConnection = Field(default=KubeConnection(), description="How to reach the API server.")
 
 
 class Leases(Protocol):

@@ -239,7 +239,11 @@ def arrays_of(decision: Decision) -> dict[str, npt.NDArray[Any]]:
 
 
 def read_ticks(
-    database: Database, service: str | None = None, since_s: float = 0.0, last: int | None = None
+    database: Database,
+    service: str | None = None,
+    since_s: float = 0.0,
+    tick: int | None = None,
+    last: int | None = None,
 ) -> list[Tick]:
     """Recorded ticks, oldest first.
 
@@ -247,6 +251,7 @@ def read_ticks(
         database: where they are.
         service: only ticks in which it was decided.
         since_s: Unix time from which on.
+        tick: only the one with this identifier.
         last: only this many, the newest.
 
     Raises:
@@ -255,6 +260,8 @@ def read_ticks(
     query = sa.select(TICKS).where(TICKS.c.time_s >= since_s).order_by(TICKS.c.id.desc())
     if service is not None:
         query = query.where(TICKS.c.id.in_(sa.select(DECISIONS.c.tick).where(DECISIONS.c.service == service)))
+    if tick is not None:
+        query = query.where(TICKS.c.id == tick)
     if last is not None:
         query = query.limit(last)
     with database.begin() as connection:

@@ -121,7 +121,7 @@ class LiveService:
             self.services, self.leases, Controls(self.database), config.mode, config.kill_file, config.lease.duration_s
         )
         self.registry = CollectorRegistry()
-        self.actuator = actuator or build_actuator(config.actuator, specs, registry=self.registry)
+        self.actuator = actuator or build_actuator(config.actuator, specs, self._loads, self.registry)
         self._state = StateWatch(self.actuator, specs)
         self.source = source or PrometheusSource(config.metrics, specs, self._state)
         self.supervisor = LiveSupervisor(
@@ -168,6 +168,7 @@ class LiveService:
         )
         self.targets = TargetsFile(config.targets_file, self.services, pools) if config.targets_file else None
         self.last: Decision | None = None
+        self._began_s = time.time()
         self.problem = ""
         self._server: Any = None
         self._stopped = threading.Event()
@@ -219,7 +220,10 @@ class LiveService:
         self.close()
 
     def step(self) -> Decision | None:
-        """One tick; None while no service is this controller's."""
+        """One tick; None while no service is this controller's, or it was told to end."""
+        if self.heartbeat.ended_s(self.config.name) > self._began_s:
+            self.stop()
+            return None
         if not self._bring_back().any():
             self._say("stands by")
             return None
@@ -290,6 +294,10 @@ class LiveService:
             supervisor.forget_applied(np.array([name in pending for name in self.services], bool) & new)
             supervisor.brought_back = leading
         return supervisor.leading()
+
+    def _loads(self) -> Mapping[str, float]:
+        """Running requests by replica name, where the source knows them."""
+        return self.source.replica_loads() if isinstance(self.source, PrometheusSource) else {}
 
     def _finish(self, decision: Decision, seconds: dict[str, float]) -> None:
         self.last = decision

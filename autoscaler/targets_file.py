@@ -1,6 +1,6 @@
-"""The latest targets as a JSON file, for policies that are asked ten times a second and must answer at once.
+"""Which targets the file for Ray Serve's policies holds: those in force, service by service.
 
-`{service: {pool: {"replicas": r, "batch_cap": c, "time_s": t}}}`; written whole or not at all.
+This module must not know how the file is read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TargetsFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(self._targets), encoding="utf-8")
-            partial.replace(self.path)
+            partial.replace(self.path)  # it appears whole or not at all
             self.problem = ""
         except OSError as error:
             self.problem = f"{self.path}: cannot be written: {error.strerror or error}"
