@@ -258,13 +258,14 @@ def render(
     shape = SIGNALS[signal].shape
     le = f'le=~"{_quoted(edge_pattern(edges))}"' if shape == "bucket_rate" and tuple(edges) else ""
     series = [selector(candidate, matchers, le) for candidate in candidates]
-    if shape in ("rate", "bucket_rate"):
-        series = [f"rate({one}[{duration(window_s)}])" for one in series]
+    # The last sample of the window: one scrape that failed makes no replica vanish.
+    function = "rate" if shape in ("rate", "bucket_rate") else "last_over_time"
+    series = [f"{function}({one}[{duration(window_s)}])" for one in series]
     if shape == "bucket_rate":
         series = _apart(candidates, series)
     by = ", ".join((*labels, "le") if shape == "bucket_rate" else labels)
-    function = {"mean": "avg", "max": "max"}.get(shape, "sum")
-    return f"{function} by ({by}) ({' or '.join(series)})"
+    combine = {"mean": "avg", "max": "max"}.get(shape, "sum")
+    return f"{combine} by ({by}) ({' or '.join(series)})"
 
 
 def _apart(candidates: Sequence[str], series: Sequence[str]) -> list[str]:
@@ -282,9 +283,10 @@ def _apart(candidates: Sequence[str], series: Sequence[str]) -> list[str]:
     return parts
 
 
-def render_seen(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str]) -> str:
+def render_seen(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str], window_s: float) -> str:
     """How many replicas' series there are."""
-    return f"count by ({', '.join(labels)}) ({' or '.join(selector(one, matchers) for one in candidates)})"
+    series = [f"last_over_time({selector(one, matchers)}[{duration(window_s)}])" for one in candidates]
+    return f"count by ({', '.join(labels)}) ({' or '.join(series)})"
 
 
 def render_sample_time(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str]) -> str:

@@ -316,6 +316,8 @@ class PrometheusSource:
         self._slo_tpot = np.array([spec.slo.tpot_s for spec in specs])
         self._boot = BootLedger(specs)
         self._empty_s = np.full(len(specs), np.nan)  # when the queue was last seen empty
+        self._window_s = config.window_s or specs[0].interface.window.control_interval_s
+        self._twice = np.zeros(len(specs), bool)  # whether the last reading had too many series
         self._ready_history: deque[tuple[float, Floats]] = deque()
 
     def read(self) -> Snapshot:
@@ -340,7 +342,7 @@ class PrometheusSource:
         names, _ = candidates_by_signal(self.config).get("running", ((), ""))
         label = self.config.replica_label
         try:
-            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, 0.0))
+            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, self._window_s))
         except PrometheusQueryError:
             return {}
         return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
@@ -440,11 +442,10 @@ class PrometheusSource:
         prompt, cached = service("prompt"), service("cached")
         prefill = np.maximum(prompt - np.where(np.isnan(cached), 0.0, cached), 0.0)
         backlog = queue + np.where(np.isnan(waiting), 0.0, waiting).sum(axis=1)
-        window_s = self.config.window_s or self.specs[0].interface.window.control_interval_s
         missing_pipeline = np.isnan(starting)
         return Snapshot(
             time_s=np.full(n, now_s),
-            window_s=np.full(n, window_s),
+            window_s=np.full(n, self._window_s),
             arrival_rps=arrival,
             prompt_tps=np.where(lost, np.nan, arrival * prompt_mean),
             prefill_tps=seen(prefill),
@@ -520,7 +521,9 @@ class PrometheusSource:
         expected = np.min([count for at_s, count in self._ready_history if at_s <= now_s], axis=0)
         with np.errstate(invalid="ignore"):
             partial = (seen_count < self.config.min_coverage * expected) & (expected >= 1)
-            twice = (seen_count >= 2 * live) & (live >= 1) & (self._state is not None)
+            many = (seen_count >= 2 * live) & (live >= 1) & (self._state is not None)
+        # A replica that was just replaced is seen beside its successor for one window.
+        twice, self._twice = many & self._twice, many
         for row in np.flatnonzero(stale | partial | twice):
             name = self.specs[row].service
             if stale[row]:
@@ -686,7 +689,7 @@ def build_queries(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> lis
         text = presets.render(signal, names, by, config.matchers, window_s, edges.get(signal, ()))
         queries.append(Query(signal, text, labels[kind], pool_label, kind))  # type: ignore[arg-type]
         if signal == "running":
-            seen = presets.render_seen(names, by, config.matchers)
+            seen = presets.render_seen(names, by, config.matchers, window_s)
             queries.append(Query("seen", seen, labels[kind], pool_label, kind))  # type: ignore[arg-type]
             taken = presets.render_sample_time(names, by[:1], config.matchers)
             queries.append(Query("sample_time", taken, labels[kind], None, kind))  # type: ignore[arg-type]

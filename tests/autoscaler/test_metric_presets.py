@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from autoscaler import metric_presets as presets
 from autoscaler.prometheus import Engine, GatewayName, PrometheusConfig, build_queries
@@ -52,8 +53,6 @@ def test_promtool_accepts_every_query(tmp_path: Path) -> None:
     texts = [line.split(": ", 1)[1] for options in CONFIGS.values() for line in rendered(options)]
     rules = [{"record": f"query_{number}", "expr": text} for number, text in enumerate(texts)]
     file = tmp_path / "rules.yml"
-    import yaml
-
     file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
     result = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -76,7 +75,7 @@ def test_every_preset_can_be_chosen_and_knows_its_signals() -> None:
 
 def test_a_signal_of_ones_own_replaces_the_table() -> None:
     lines = rendered({"metrics": {"running": ["acme_running"]}})
-    assert lines[0] == 'running: sum by (service) ({__name__="acme_running"})'
+    assert lines[0] == 'running: sum by (service) (last_over_time({__name__="acme_running"}[15s]))'
 
 
 def test_an_unknown_signal_is_refused_with_the_known_ones() -> None:
