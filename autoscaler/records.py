@@ -196,7 +196,7 @@ class Records:
         rows, now_s = self._rows, self._now()
         modes = decision.details["mode"][rows].tolist()
         before = decision.details["in_force"][rows].sum(axis=1).tolist()
-        known = (decision.details["in_force"][rows] >= 0).all(axis=1).tolist()
+        known = (decision.details["in_force"][rows].min(axis=1) >= 0).tolist()
         after = decision.settled.replicas[rows].sum(axis=1).tolist()
         outcomes = [OUTCOMES[outcome] for outcome in decision.outcome[rows].tolist()]
         reasons = decision.reasons[rows].tolist()

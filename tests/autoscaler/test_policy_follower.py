@@ -107,7 +107,7 @@ def test_a_bundle_that_was_altered_in_the_store_is_refused_and_the_last_one_stay
     path.write_bytes(damaged)
     own.look()
     assert own.take() is None
-    assert "do not match their digest" in own.problem
+    assert "truncated or altered" in own.problem
     assert follower(store, tmp_path / "empty").take() is None
 
 

@@ -148,7 +148,7 @@ def test_a_burst_is_met_and_given_back_without_losing_a_request(
     ticks = read_ticks(service.database)
     assert all(tick.concluded for tick in ticks)
     replicas = np.array([tick.snapshot.replicas_target[0, 0] for tick in ticks])
-    assert replicas.max() >= 3
+    assert np.nanmax(replicas) >= 3
     assert replicas[-1] <= 2
     # Cost per token against a static fleet of the largest size on the same burst.
     paid = np.array([np.nansum(tick.arrays["snapshot/replicas_ready"]) for tick in ticks]).mean()
