@@ -25,6 +25,7 @@ from autoscaler.records import read_ticks
 from policies.spec import shipped_configs
 
 pytestmark = pytest.mark.timeout(580)
+JEVONS = (sys.executable, "-c", "from training.cli import app; app()")
 START_S = 240.0
 
 
@@ -48,7 +49,7 @@ class Running:
         self.config.write_text(yaml.safe_dump(data))
         self.log = (folder / "run.log").open("w")
         self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_enable_worker_prestart": "0"}
-        command = [sys.executable, "-m", "training.cli", "run", "--config", str(self.config)]
+        command = [*JEVONS, "run", "--config", str(self.config)]
         self.process = subprocess.Popen(
             command, cwd=folder, stdout=self.log, stderr=self.log, env=self.environment, start_new_session=True
         )
@@ -71,7 +72,7 @@ class Running:
         return int(self.controllers()[-1].pid)
 
     def jevons(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "training.cli", *words, "--config", str(self.config)]
+        command = [*JEVONS, *words, "--config", str(self.config)]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False)
 
     def goes_on(self, what: str) -> float:
