@@ -195,32 +195,20 @@ class PrometheusClient:
         self._connect.headers = self.config.auth.headers()
         self._connect.auth = self.config.auth.basic()
 
-    def ask(self, query: str, until_s: float | None = None) -> list[dict[str, Any]]:
+    def ask(self, query: str, until_s: float | None = None, at_s: float | None = None) -> list[dict[str, Any]]:
         """The rows of an instant query.
 
         Args:
             query: PromQL.
             until_s: deadline on `time.monotonic`; one whole snapshot's time from now when None.
+            at_s: the moment asked about, Unix seconds; the server's now when None.
 
         Raises:
             PrometheusQueryError: when there is no answer before the deadline, or the server refuses the query.
         """
+        params = None if at_s is None else {"time": f"{at_s:.3f}"}
         rows: list[dict[str, Any]] = self._try(
-            lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s
-        )
-        return rows
-
-    def ask_range(self, query: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
-        """The rows of a range query; whole seconds, as the client rounds them.
-
-        Raises:
-            PrometheusQueryError: when there is no answer in time, or the server refuses the query.
-        """
-        from datetime import UTC, datetime
-
-        start, end = datetime.fromtimestamp(start_s, UTC), datetime.fromtimestamp(end_s, UTC)
-        rows: list[dict[str, Any]] = self._try(
-            lambda wait_s: self._connect.custom_query_range(query, start, end, f"{step_s:g}", timeout=wait_s), None
+            lambda wait_s: self._connect.custom_query(query, params=params, timeout=wait_s), until_s
         )
         return rows
 

@@ -45,10 +45,7 @@ def seen(**values: float) -> Observation:
     healthy = {"ttft_attainment": 1.0, "tpot_attainment": 1.0, "replicas_target": 4.0, "replicas_ready": 4.0}
     numbers = {**healthy, "batch_cap": 64.0, "time_s": 100.0, "window_s": 15.0, **values}
     snapshot = Snapshot(
-        **{
-            name: np.full_like(getattr(blank, name), numbers.get(name, 0.0))
-            for name in Snapshot.__dataclass_fields__
-        }
+        **{name: np.full_like(getattr(blank, name), numbers.get(name, 0.0)) for name in Snapshot.__dataclass_fields__}
     )
     return replace(decider.observe(snapshot), features=np.zeros((1, 1), np.float32))
 

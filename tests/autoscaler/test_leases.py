@@ -110,7 +110,9 @@ def test_a_heart_that_cannot_reach_the_database_loses_its_leases_with_time(
 
 
 def test_orders_reach_the_next_pulse(database: Database) -> None:
-    heart = Heartbeat(("a", "b"), leases(database, "x", Steady(), "a", "b"), Controls(database), Mode.ADVISE, None, 45.0)
+    heart = Heartbeat(
+        ("a", "b"), leases(database, "x", Steady(), "a", "b"), Controls(database), Mode.ADVISE, None, 45.0
+    )
     controls = Controls(database)
     assert heart.beat().modes == (Mode.ADVISE, Mode.ADVISE)
     controls.set_mode(["b"], Mode.ACT)
@@ -123,7 +125,9 @@ def test_orders_reach_the_next_pulse(database: Database) -> None:
 
 
 def test_a_process_of_this_host_that_is_gone_is_known_to_be(tmp_path: Path) -> None:
-    script = "import sys; sys.path.insert(0, sys.argv[1]); from autoscaler.leases import holder_name; print(holder_name())"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from autoscaler.leases import holder_name; print(holder_name())"
+    )
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True, check=True)
     assert process_gone(done.stdout.strip())
