@@ -473,8 +473,9 @@ class PrometheusSource:
             ready = np.where(np.isnan(state.replicas_ready), measured_ready, state.replicas_ready)
             target = np.where(np.isnan(state.replicas_target), measured_target, state.replicas_target)
             starting, draining = state.replicas_starting, np.nan_to_num(state.replicas_draining)
-        if "replicas_ready" not in values and (state is None or np.isnan(state.replicas_ready[exists]).any()):
-            # Nobody but the metrics says how many replicas there are: those that are scraped are ready.
+        if state is None or not state.problems:
+            # An actuator that failed leaves counts unknown; one that does not count replicas leaves it to the metrics:
+            # what is scraped is ready, and what there is was asked for.
             ready = np.where(np.isnan(ready), np.where(exists, values.get("seen", blank), 0.0), ready)
             target = np.where(np.isnan(target), ready, target)
         starting = np.where(np.isnan(starting), np.maximum(target - ready, 0.0), starting)

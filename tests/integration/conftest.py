@@ -63,9 +63,16 @@ def faulty_prometheus(prometheus: Prometheus) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="session")
-def ray_serve() -> Iterator[str]:
+def targets_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Serve's controller looks for targets."""
+    return tmp_path_factory.mktemp("targets") / "targets.json"
+
+
+@pytest.fixture(scope="session")
+def ray_serve(targets_file: Path) -> Iterator[str]:
     """The address of a Ray cluster's dashboard, with Serve running. Without token authentication."""
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_LOG_TO_STDERR="0")
+    os.environ["JEVONS_TARGETS_FILE"] = str(targets_file)
     import ray
     from ray import serve
     from servers import free_port
