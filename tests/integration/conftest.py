@@ -78,15 +78,22 @@ def ray_serve(targets_file: Path) -> Iterator[str]:
     from servers import free_port
 
     port = free_port()
-    context = ray.init(
-        num_cpus=4,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    for attempt in range(4):
+        try:
+            context = ray.init(
+                num_cpus=4,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            break
+        except Exception:  # Ray gives a busy machine 30 s to start and raises no class of its own
+            ray.shutdown()
+            if attempt == 3:
+                raise
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
     yield f"http://{context.dashboard_url}"
     serve.shutdown()
