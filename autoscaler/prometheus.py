@@ -195,32 +195,20 @@ class PrometheusClient:
         self._connect.headers = self.config.auth.headers()
         self._connect.auth = self.config.auth.basic()
 
-    def ask(self, query: str, until_s: float | None = None) -> list[dict[str, Any]]:
+    def ask(self, query: str, until_s: float | None = None, at_s: float | None = None) -> list[dict[str, Any]]:
         """The rows of an instant query.
 
         Args:
             query: PromQL.
             until_s: deadline on `time.monotonic`; one whole snapshot's time from now when None.
+            at_s: the moment asked about, Unix seconds; the server's now when None.
 
         Raises:
             PrometheusQueryError: when there is no answer before the deadline, or the server refuses the query.
         """
+        params = None if at_s is None else {"time": f"{at_s:.3f}"}
         rows: list[dict[str, Any]] = self._try(
-            lambda wait_s: self._connect.custom_query(query, timeout=wait_s), until_s
-        )
-        return rows
-
-    def ask_range(self, query: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
-        """The rows of a range query; whole seconds, as the client rounds them.
-
-        Raises:
-            PrometheusQueryError: when there is no answer in time, or the server refuses the query.
-        """
-        from datetime import UTC, datetime
-
-        start, end = datetime.fromtimestamp(start_s, UTC), datetime.fromtimestamp(end_s, UTC)
-        rows: list[dict[str, Any]] = self._try(
-            lambda wait_s: self._connect.custom_query_range(query, start, end, f"{step_s:g}", timeout=wait_s), None
+            lambda wait_s: self._connect.custom_query(query, params=params, timeout=wait_s), until_s
         )
         return rows
 
@@ -485,8 +473,9 @@ class PrometheusSource:
             ready = np.where(np.isnan(state.replicas_ready), measured_ready, state.replicas_ready)
             target = np.where(np.isnan(state.replicas_target), measured_target, state.replicas_target)
             starting, draining = state.replicas_starting, np.nan_to_num(state.replicas_draining)
-        if "replicas_ready" not in values and (state is None or np.isnan(state.replicas_ready[exists]).any()):
-            # Nobody but the metrics says how many replicas there are: those that are scraped are ready.
+        if state is None or not state.problems:
+            # An actuator that failed leaves counts unknown; one that does not count replicas leaves it to the metrics:
+            # what is scraped is ready, and what there is was asked for.
             ready = np.where(np.isnan(ready), np.where(exists, values.get("seen", blank), 0.0), ready)
             target = np.where(np.isnan(target), ready, target)
         starting = np.where(np.isnan(starting), np.maximum(target - ready, 0.0), starting)
@@ -557,37 +546,53 @@ class PrometheusSource:
         wait and interpolated at the edges of the contract.
         """
         n = len(self.specs)
-        buckets: list[dict[float, float]] = [{} for _ in range(n)]
-        query = next((one for one in self.queries if one.signal == signal), None)
-        if query is not None:
-            rows = self._rows[query.kind]
-            for sample in answers.get(signal, []):
-                row = rows.get(sample["metric"].get(query.label, ""))
-                if row is not None:
-                    edge = float(sample["metric"]["le"])  # 1 and 1.0 are one edge
-                    buckets[row][edge] = buckets[row].get(edge, 0.0) + float(sample["value"][1])
-        share, rate = np.full(n, np.nan), np.full(n, np.nan)
+        edges, cumulative, rate = self._buckets(signal, answers)
+        there = ~np.isnan(cumulative)
+        share = np.full(n, np.nan)
         by_latency = np.full((n, len(edges_s) + 1 if self.config.histograms else 0), np.nan)
-        for row, histogram in enumerate(buckets):
-            count = histogram.get(np.inf, np.nan)
-            rate[row] = count if np.isfinite(count) else np.nan
-            room_s = slo_s[row] - wait_s[row]
-            if not np.isfinite(count + room_s):
-                continue
-            if self.config.histograms:
-                by_latency[row] = _rebin(histogram, np.asarray(edges_s) - wait_s[row])
-            if count <= 0:
-                continue
-            if wait_s[row] > 0:
-                within = max((histogram[one] for one in histogram if one <= room_s * (1 + 1e-6)), default=0.0)
-            else:
-                at_edge = [one for one in histogram if abs(one - room_s) <= 1e-6 * room_s]
-                if not at_edge:
-                    problems.append(f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge")
-                    continue
-                within = histogram[at_edge[0]]
-            share[row] = min(max(within / count, 0.0), 1.0) if np.isfinite(within) else np.nan
+        if not len(edges):
+            return share, by_latency, rate
+        for row in np.flatnonzero(there.any(axis=1) & ~there.all(axis=1)):
+            # Engines with other edges than the rest of the fleet: linear between their own.
+            own = there[row]
+            cumulative[row] = np.interp(edges, edges[own], cumulative[row, own], left=0.0)
+        if self.config.histograms:
+            at_s = np.asarray(edges_s)[np.newaxis, :] - wait_s[:, np.newaxis]
+            by_latency = _rebin(edges, cumulative, rate, at_s)
+        room_s = slo_s - wait_s
+        place = np.abs(edges[np.newaxis, :] - slo_s[:, np.newaxis]).argmin(axis=1)
+        rows = np.arange(n)
+        is_edge = (np.abs(edges[place] - slo_s) <= 1e-6 * slo_s) & there[rows, place]
+        below = np.where(there & (edges[np.newaxis, :] <= room_s[:, np.newaxis] * (1 + 1e-6)), cumulative, 0.0)
+        within = np.where(wait_s > 0, below.max(axis=1), np.where(is_edge, cumulative[rows, place], np.nan))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where((rate > 0) & np.isfinite(room_s), np.clip(within / rate, 0.0, 1.0), np.nan)
+        problems += [
+            f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge"
+            for row in np.flatnonzero((rate > 0) & (wait_s <= 0) & ~is_edge)
+        ]
         return share, by_latency, rate
+
+    def _buckets(self, signal: str, answers: Mapping[str, list[dict[str, Any]]]) -> tuple[Floats, Floats, Floats]:
+        """(e,) finite upper edges, (n, e) cumulative events per second, NaN where missing, and (n,) all of them."""
+        n = len(self.specs)
+        query = next((one for one in self.queries if one.signal == signal), None)
+        rows: list[dict[str, Any]] = answers.get(signal, []) if query is not None else []
+        # 1 and 1.0 are one edge: texts are read as numbers, each text once.
+        edge_of = {text: float(text) for text in {sample["metric"].get("le", "nan") for sample in rows}}
+        edges = np.array(sorted({edge for edge in edge_of.values() if np.isfinite(edge)}))
+        columns = {text: int(np.searchsorted(edges, edge)) for text, edge in edge_of.items() if not np.isnan(edge)}
+        found = np.full((n, len(edges) + 1), np.nan)  # the last column is that of +Inf
+        if query is not None:
+            by_name = self._rows[query.kind]
+            for sample in rows:
+                metric = sample["metric"]
+                row, column = by_name.get(metric.get(query.label, "")), columns.get(metric.get("le", "nan"))
+                if row is not None and column is not None:
+                    value, before = float(sample["value"][1]), found[row, column]
+                    found[row, column] = value if before != before else before + value
+        found[~np.isfinite(found)] = np.nan
+        return edges, found[:, :-1], found[:, -1]
 
     def _oldest_wait(self, backlog: Floats, finished: Floats, now_s: float) -> Floats:
         """(n,) estimated age of the oldest unserved request: nothing exports it.
@@ -637,14 +642,26 @@ class BootLedger:
         return counts
 
 
-def _rebin(histogram: Mapping[float, float], edges_s: Floats) -> Floats:
-    """Cumulative counts by upper edge as counts per bin of other edges, linear inside a bucket; the last bin is open.
+def _rebin(edges: Floats, cumulative: Floats, total: Floats, at_s: Floats) -> Floats:
+    """Cumulative counts as counts per bin of other edges, linear inside a bucket.
 
-    What is above the largest finite edge of the source is in the last bin.
+    Args:
+        edges: (e,) finite upper edges of the source, ascending.
+        cumulative: (n, e) events up to each.
+        total: (n,) all events.
+        at_s: (n, m) the edges wanted, service by service.
+
+    Returns:
+        (n, m + 1) events per bin; what is above the largest finite edge of the source is in the last one.
     """
-    finite = sorted(edge for edge in histogram if np.isfinite(edge))
-    cumulative = np.interp(edges_s, [0.0, *finite], [0.0, *(histogram[edge] for edge in finite)], left=0.0)
-    return np.maximum(np.diff(cumulative, prepend=0.0, append=histogram[np.inf]), 0.0)
+    lower = np.concatenate([[0.0], edges])
+    counts = np.concatenate([np.zeros((len(total), 1)), cumulative], axis=1)
+    place = np.clip(np.searchsorted(lower, at_s, "right") - 1, 0, len(edges) - 1)
+    inside = np.clip((at_s - lower[place]) / (lower[place + 1] - lower[place]), 0.0, 1.0)
+    rows = np.arange(len(total))[:, np.newaxis]
+    reached = counts[rows, place] + inside * (counts[rows, place + 1] - counts[rows, place])
+    ends = np.concatenate([np.zeros((len(total), 1)), reached, total[:, np.newaxis]], axis=1)
+    return np.maximum(np.diff(ends, axis=1), 0.0)
 
 
 def presets_per_pool(signal: str) -> bool:

@@ -14,7 +14,7 @@ import typer
 
 from autoscaler import edge_cli, run_cli
 from envs import trace_cli
-from training import train_cli
+from training import record_cli, train_cli
 from training.console import check_writable, one_sentence_errors, progress_bar, say, show_evaluation, write_whole
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
+record_cli.register(app)
 for command in run_cli.COMMANDS:
     app.command()(one_sentence_errors(command))
 for command in edge_cli.COMMANDS:

@@ -63,23 +63,37 @@ def faulty_prometheus(prometheus: Prometheus) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="session")
-def ray_serve() -> Iterator[str]:
+def targets_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Serve's controller looks for targets."""
+    return tmp_path_factory.mktemp("targets") / "targets.json"
+
+
+@pytest.fixture(scope="session")
+def ray_serve(targets_file: Path) -> Iterator[str]:
     """The address of a Ray cluster's dashboard, with Serve running. Without token authentication."""
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_LOG_TO_STDERR="0")
+    os.environ["JEVONS_TARGETS_FILE"] = str(targets_file)
     import ray
     from ray import serve
     from servers import free_port
 
     port = free_port()
-    context = ray.init(
-        num_cpus=4,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    for attempt in range(4):
+        try:
+            context = ray.init(
+                num_cpus=4,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            break
+        except Exception:  # Ray gives a busy machine 30 s to start and raises no class of its own
+            ray.shutdown()
+            if attempt == 3:
+                raise
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
     yield f"http://{context.dashboard_url}"
     serve.shutdown()

@@ -121,7 +121,7 @@ class Engine(Process):
     def __init__(self, folder: Path, *options: str, name: str = "engine", engine: str = "llama-3.1-8b-h100") -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "training.cli", "emulate", "--engine", engine, "--port", str(self.port)]
+        command = [str(Path(sys.executable).parent / "jevons"), "emulate", "--engine", engine, "--port", str(self.port)]
         super().__init__([*command, *options], folder / f"{name}-{self.port}.log")
 
     def ready(self) -> Engine:

@@ -279,6 +279,19 @@ def test_a_service_scaled_to_zero_is_idle_not_blind(prometheus: Prometheus, engi
     assert not snapshot.blind()[0]
 
 
+def test_without_an_actuator_that_counts_what_is_scraped_is_ready(
+    prometheus: Prometheus, engines: Callable[..., object]
+) -> None:
+    engines([(vllm(), "chat"), (vllm(), "chat")])
+    specs = [spec("chat")]
+    config = PrometheusConfig(url=prometheus.url, window_s=WINDOW_S)
+    silent = PrometheusSource(config, specs, lambda: FleetState.unknown(pools_of(specs))).read()
+    assert (silent.replicas_ready[0, 0], silent.replicas_target[0, 0]) == (2.0, 2.0)
+    failed = PrometheusSource(config, specs, lambda: FleetState.unknown(pools_of(specs), ("no answer",))).read()
+    assert np.isnan(failed.replicas_ready[0, 0])
+    assert failed.blind()[0]
+
+
 def test_prometheus_down_is_unavailable_within_the_deadline() -> None:
     reader = source(f"http://127.0.0.1:{free_port()}", [spec("chat")], deadline_s=1)
     with pytest.raises(MetricsUnavailable, match="refused"):
