@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs peers fidelity cpu-engine test check format train scoreboard bench constraints clean
+.PHONY: help install demo docs peers fidelity cpu-engine test integration check format train scoreboard bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,8 +48,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Run the demo; its report goes to runs/demo.
 	$(BIN)/jevons demo --out runs/demo
 
-test: $(STAMP) ## Run the tests; ARGS goes to pytest, for example ARGS='-k traces'.
-	$(BIN)/pytest $(ARGS)
+test: $(STAMP) ## Run the tests that need no servers; ARGS goes to pytest, for example ARGS='-k traces'.
+	$(BIN)/pytest -m 'not integration' $(ARGS)
+
+# On Debian: apt-get install -y --no-install-recommends prometheus haproxy etcd-server
+# For the Kubernetes API: KUBEBUILDER_ASSETS=FOLDER, as printed by `setup-envtest use -p path`.
+integration: $(STAMP) ## Run the tests against real servers, which they start; skipped where one is missing.
+	$(BIN)/pytest -m integration $(ARGS)
 
 check: $(STAMP) ## Check format, lint, types and who imports whom.
 	$(BIN)/ruff format --check .

@@ -1,17 +1,22 @@
-"""The loop: read, decide, act, record, once per control interval.
+"""The loop: read, decide, record, act, once per control interval.
 
-The same class runs on a simulated cluster (evaluation) and on a real one; only its ports differ.
-Errors of the world are caught here and nowhere else: they become held decisions with a reason.
+The same class runs on a simulated cluster (evaluation) and on a real one; its ports differ, and in production a
+supervisor says which settled targets may be carried out. Errors of the world are caught here and nowhere else: they
+become held decisions with a reason.
 This module must not know what is behind its ports.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from autoscaler.actuators.base import PartlyFailed
+from autoscaler.stages import Stages
 from policies.contract import (
     BOOT_BINS,
     LEAVE_ALONE,
@@ -21,6 +26,7 @@ from policies.contract import (
     Bools,
     Decision,
     MetricsUnavailable,
+    Observation,
     Outcome,
     Policy,
     Reason,
@@ -28,6 +34,10 @@ from policies.contract import (
     Target,
 )
 from policies.decider import Decider
+
+
+class RecordsUnavailable(OSError):  # noqa: N818 - reads as the state that it reports
+    """Raised by a recorder that could not keep a decision; what is not recorded is not carried out."""
 
 
 class MetricsSource(Protocol):
@@ -71,8 +81,59 @@ class Recorder(Protocol):
     """Keeps decisions."""
 
     def record(self, decision: Decision) -> None:
-        """Keep one decision; called before it is carried out."""
+        """Keep one decision; called before it is carried out.
+
+        Raises:
+            RecordsUnavailable: when it could not be kept.
+        """
         ...
+
+    def conclude(self, decision: Decision) -> None:
+        """Keep what became of the decision that was recorded last; called after it was carried out.
+
+        Raises:
+            RecordsUnavailable: when it could not be kept.
+        """
+        ...
+
+
+class Supervisor(Protocol):
+    """Says which settled targets may be carried out."""
+
+    def begin(self, snapshot: Snapshot) -> Bools | None:
+        """(n,) services whose target in force is the world's business, not ours: it is taken from the snapshot."""
+        ...
+
+    def judge(self, decision: Decision, observation: Observation) -> Decision:
+        """The decision with its rows that must not be carried out marked as advised or held, with the reasons."""
+        ...
+
+    def permitted(self, decision: Decision) -> Decision:
+        """The same once more immediately before it is carried out: who may act can have changed meanwhile."""
+        ...
+
+    def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
+        """What became of the decision, and how long each stage took."""
+        ...
+
+
+class Unsupervised:
+    """Every settled target is carried out: simulation."""
+
+    def begin(self, snapshot: Snapshot) -> Bools | None:
+        """No service is anybody else's."""
+        return None
+
+    def judge(self, decision: Decision, observation: Observation) -> Decision:
+        """The decision itself."""
+        return decision
+
+    def permitted(self, decision: Decision) -> Decision:
+        """The decision itself."""
+        return decision
+
+    def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
+        """Nothing to keep."""
 
 
 class Controller:
@@ -86,6 +147,9 @@ class Controller:
         clock: time.
         recorder: keeps decisions.
         interval_s: seconds between ticks.
+        supervisor: who may act; every service when left out.
+        stages: time limits of read, record and act; none when left out.
+        services: names, for errors that name services.
     """
 
     def __init__(
@@ -97,6 +161,9 @@ class Controller:
         clock: Clock,
         recorder: Recorder,
         interval_s: float,
+        supervisor: Supervisor | None = None,
+        stages: Stages | None = None,
+        services: Sequence[str] = (),
     ) -> None:
         self.decider = decider
         self.policy = policy
@@ -105,39 +172,103 @@ class Controller:
         self.clock = clock
         self.recorder = recorder
         self.interval_s = interval_s
+        self.supervisor = supervisor or Unsupervised()
+        self.stages = stages or Stages()
+        self._rows = {name: row for row, name in enumerate(services)}
 
     def run(self, until_s: float) -> None:
-        """Tick once per interval until the clock reads `until_s`."""
+        """Tick once per interval until the clock reads `until_s`. Ticks that a slow one has run over are left out."""
         next_s = self.clock.now_s + self.interval_s
         while next_s <= until_s + 1e-9:
             self.clock.wait_until(next_s)
             self.tick()
-            next_s += self.interval_s
+            next_s = following_tick_s(next_s, self.clock.now_s, self.interval_s)
 
     def tick(self) -> Decision:
-        """One whole decision: read, decide, record, act."""
-        decision = self.decider.tick(self._read(), self.policy)
-        self.recorder.record(decision)
-        held = decision.outcome == Outcome.HELD
-        if not held.all():
-            try:
-                self.actuator.apply(without(decision.settled, held))
-            except ActuationFailed:
-                failed = np.full(len(decision.outcome), Outcome.HELD)
-                decision = replace(decision, outcome=failed, reasons=decision.reasons | Reason.ACTUATION_FAILED)
-                self.recorder.record(decision)
+        """One whole decision: read, decide, record, act, and keep what became of it."""
+        snapshot = self._read()
+        decision = self.stages.run("decide", lambda: self._decide(snapshot), RuntimeError)
+        decision = self._act(self._record(decision))
+        self.supervisor.finish(decision, self.stages.spent())  # before what it remembers is written down
+        try:
+            self.stages.run("conclude", lambda: self.recorder.conclude(decision), RecordsUnavailable)
+        except RecordsUnavailable:
+            decision = replace(decision, reasons=decision.reasons | int(Reason.NOT_RECORDED))
         return decision
 
     def _read(self) -> Snapshot:
         try:
-            return self.source.read()
+            return self.stages.run("read", self.source.read, MetricsUnavailable)
         except MetricsUnavailable:
             return nothing_known(self.clock.now_s, self.interval_s, self.decider)
 
+    def _decide(self, snapshot: Snapshot) -> Decision:
+        elsewhere = self.supervisor.begin(snapshot)
+        if elsewhere is not None and elsewhere.any():
+            self.decider.release(elsewhere)
+        observation = self.decider.observe(snapshot)
+        settled = self.decider.decide(observation, self.policy)
+        decision = self.supervisor.judge(settled, observation)
+        if decision.settled is not settled.settled:
+            self.decider.amend(decision.settled, snapshot.time_s)
+        self.decider.retract(not_acted(decision))
+        return decision
 
-def without(target: Target, held: Bools) -> Target:
-    """The target that leaves the services where `held` (n,) is True alone."""
-    return replace(target, replicas=np.where(held[:, np.newaxis], LEAVE_ALONE, target.replicas))
+    def _record(self, decision: Decision) -> Decision:
+        try:
+            self.stages.run("record", lambda: self.recorder.record(decision), RecordsUnavailable)
+        except RecordsUnavailable:
+            return self._held(decision, np.ones(len(decision.outcome), bool), Reason.NOT_RECORDED)
+        return decision
+
+    def _act(self, decision: Decision) -> Decision:
+        permitted = self.supervisor.permitted(decision)
+        stopped = not_acted(permitted)
+        if (stopped & ~not_acted(decision)).any():
+            self.decider.retract(stopped)
+        if stopped.all():
+            return permitted
+        try:
+            target = without(permitted.settled, stopped)
+            self.stages.run("act", lambda: self.actuator.apply(target), ActuationFailed)
+        except PartlyFailed as error:
+            failed = np.zeros(len(stopped), bool)
+            failed[[self._rows[name] for name in error.failures if name in self._rows]] = True
+            return self._held(permitted, failed if failed.any() else ~stopped, Reason.ACTUATION_FAILED)
+        except ActuationFailed:
+            return self._held(permitted, ~stopped, Reason.ACTUATION_FAILED)
+        return permitted
+
+    def _held(self, decision: Decision, rows: Bools, reason: Reason) -> Decision:
+        """The masked rows held for `reason`."""
+        if reason is Reason.NOT_RECORDED:  # a failed actuation may have been carried out in part: it is tried again
+            self.decider.retract(rows)
+        return replace(
+            decision,
+            outcome=np.where(rows, Outcome.HELD, decision.outcome),
+            reasons=np.where(rows, decision.reasons | int(reason), decision.reasons),
+        )
+
+
+def following_tick_s(tick_s: float, now_s: float, interval_s: float) -> float:
+    """The next time on the grid of ticks that is not past, seconds.
+
+    >>> following_tick_s(30.0, 34.0, 15.0), following_tick_s(30.0, 61.0, 15.0)
+    (45.0, 75.0)
+    """
+    behind = math.ceil((now_s - tick_s) / interval_s - 1e-9)
+    return tick_s + interval_s * max(behind, 1)
+
+
+def not_acted(decision: Decision) -> Bools:
+    """(n,) rows that are not carried out: held or advised."""
+    stopped: Bools = (decision.outcome == Outcome.HELD) | (decision.outcome == Outcome.ADVISED)
+    return stopped
+
+
+def without(target: Target, stopped: Bools) -> Target:
+    """The target that leaves the services where `stopped` (n,) is True alone."""
+    return replace(target, replicas=np.where(stopped[:, np.newaxis], LEAVE_ALONE, target.replicas))
 
 
 def nothing_known(time_s: float, window_s: float, decider: Decider) -> Snapshot:

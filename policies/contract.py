@@ -7,7 +7,8 @@ This module must not know where snapshots come from or how targets are carried o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
 from typing import Any, Protocol, TypeVar
 
@@ -85,8 +86,8 @@ class Snapshot:
     def row(self, index: int) -> dict[str, Any]:
         """The measurements of one service as plain numbers and lists; NaN becomes None."""
         plain: dict[str, Any] = {}
-        for field in fields(self):
-            plain[field.name] = _none_for_nan(getattr(self, field.name)[index].tolist())
+        for name in _names(self):
+            plain[name] = _none_for_nan(getattr(self, name)[index].tolist())
         return plain
 
 
@@ -139,7 +140,7 @@ def put_rows(struct: Struct, rows: Ints, part: Struct) -> None:
 
 
 def _names(struct: Any) -> list[str]:
-    return [field.name for field in fields(struct)]
+    return [item.name for item in fields(struct)]
 
 
 class Policy(Protocol):
@@ -157,7 +158,10 @@ class Policy(Protocol):
 
 
 class Reason(IntFlag):
-    """Why a settled target differs from the proposed one; a decision carries any number of these."""
+    """Why a settled target differs from the proposed one, or is not carried out; a decision carries any number.
+
+    Up to POLICY_FAILED they come from the decision core, the others from the live controller.
+    """
 
     NONE = 0
     MISSING_METRICS = 1
@@ -170,6 +174,18 @@ class Reason(IntFlag):
     BOUNDS = 128
     POLICY_FAILED = 256
     ACTUATION_FAILED = 512
+    BUNDLE_REFUSED = 1024
+    OUT_OF_RANGE = 2048
+    PARTLY_BLIND = 4096
+    BURNING_WHILE_SHRINKING = 8192
+    PAUSED = 16384
+    KILL_SWITCH = 32768
+    NOT_LEADER = 65536
+    FOREIGN_EDIT = 131072
+    OTHER_AUTOSCALER = 262144
+    REVALIDATING = 524288
+    NOT_RECORDED = 1048576
+    OVERDUE = 2097152
 
     def words(self) -> list[str]:
         """The set codes in lower case, for records and tables."""
@@ -190,7 +206,7 @@ class Decision:
     """What was seen, proposed and settled for `n` services at one tick, and why.
 
     A row whose outcome is held changes nothing and must not be carried out: where the target in force was never seen,
-    its settled numbers mean nothing.
+    its settled numbers mean nothing. An advised row says what would have been done, and is not carried out either.
     """
 
     snapshot: Snapshot
@@ -199,6 +215,7 @@ class Decision:
     reasons: Ints  # (n,) of `Reason` flags
     outcome: Ints  # (n,) of `Outcome`
     policy: str
+    details: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # (n, ...) each: what else explains it
 
 
 class MetricsUnavailable(RuntimeError):  # noqa: N818 - reads as the state that it reports

@@ -6,10 +6,14 @@ this class, so nothing can be decided differently in the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from policies.columns import any_pool, least, total
-from policies.contract import Bools, Decision, Ints, Observation, Outcome, Policy, Snapshot, Target
+from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
 from policies.observation import ObservationBuilder
@@ -35,6 +39,7 @@ class Decider:
         )  # -1: not known yet, taken from the snapshot
         self._batch_cap = np.ones((n, fleet.pools), np.int64, order="F")
         self._changed_s = np.full(n, -np.inf)
+        self._before = (self._replicas, self._batch_cap, self._changed_s)  # as they were before the last `settle`
         self._strangers = True  # whether any target in force is unknown
 
     def reset(self, services: Bools | None = None) -> None:
@@ -48,6 +53,8 @@ class Decider:
 
     def observe(self, snapshot: Snapshot) -> Observation:
         """Encode one window; once per tick."""
+        # A clock that was set back must not make a cooldown longer than it is.
+        self._changed_s = np.minimum(self._changed_s, snapshot.time_s)
         self._adopt(snapshot)
         return self._builder.observe(snapshot)
 
@@ -61,30 +68,59 @@ class Decider:
     def settle(self, proposed: Target, observation: Observation) -> tuple[Target, Ints]:
         """Apply the guardrails and remember the result as the target in force; also the (n,) reason flags."""
         snapshot = observation.snapshot
-        situation = Situation(
-            observation=observation,
-            fleet=self.fleet,
-            spec=self.guardrails,
-            current=np.maximum(self._replicas, 0) if self._strangers else self._replicas,
-            current_cap=self._batch_cap,
-            quiet_s=snapshot.time_s - self._changed_s,
-        )
-        settled, reasons = settle(proposed, situation)
-        moved = total(settled.replicas) != total(situation.current)
-        # Copies: a later reset must not reach into decisions already made.
-        replicas = settled.replicas.copy(order="F")
-        if self._strangers:  # what is unknown stays so
-            unknown = least(self._replicas) < 0
-            moved &= ~unknown
-            replicas[unknown] = -1
-        self._changed_s = np.where(moved, snapshot.time_s, self._changed_s)
-        self._replicas = replicas
-        self._batch_cap = settled.batch_cap.copy(order="F")
+        self._before = (self._replicas, self._batch_cap, self._changed_s)
+        settled, reasons = settle(proposed, self._situation(observation))
+        self._put_in_force(settled, snapshot.time_s)
         return settled, reasons
+
+    def what_if(self, proposed: Target, observation: Observation) -> Target:
+        """What another proposal would have become in the place of the last one; nothing is remembered."""
+        return settle(proposed, self._situation(observation))[0]
+
+    def before(self) -> Target:
+        """What was in force before the last `settle`; -1 replicas where that is unknown."""
+        replicas, batch_cap, _ = self._before
+        return Target(replicas=replicas, batch_cap=batch_cap)
+
+    def amend(self, settled: Target, time_s: Floats) -> None:
+        """Another target than the last one settled goes into force in its place, at the same time (n,)."""
+        self._put_in_force(settled, time_s)
+
+    def retract(self, services: Bools) -> None:
+        """The last targets of the masked services were not carried out: what was in force before still is."""
+        replicas, batch_cap, changed_s = self._before
+        rows = services[:, np.newaxis]
+        self._replicas = np.where(rows, replicas, self._replicas)
+        self._batch_cap = np.where(rows, batch_cap, self._batch_cap)
+        self._strangers = bool((self._replicas < 0).any())
+        self._changed_s = np.where(services, changed_s, self._changed_s)
+
+    def release(self, services: Bools) -> None:
+        """The next window says what is in force for the masked services: somebody else has set it."""
+        self._replicas = np.where(services[:, np.newaxis], -1, self._replicas)
+        self._strangers = True
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All that a restarted core needs to go on as if nothing had happened: arrays with leading axis n."""
+        own = {"replicas": self._replicas, "batch_cap": self._batch_cap, "changed_s": self._changed_s}
+        return {**own, **self._builder.state()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from what `state` returned, for services and pools of the same shape."""
+        self._replicas = np.asarray(state["replicas"], np.int64).copy(order="F")
+        self._batch_cap = np.asarray(state["batch_cap"], np.int64).copy(order="F")
+        self._changed_s = np.asarray(state["changed_s"], np.float64).copy()
+        self._before = (self._replicas, self._batch_cap, self._changed_s)
+        self._strangers = True
+        self._builder.restore(state)
 
     def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
         """One whole decision: observe, propose, settle."""
-        observation = self.observe(snapshot)
+        return self.decide(self.observe(snapshot), policy)
+
+    def decide(self, observation: Observation, policy: Policy) -> Decision:
+        """Propose and settle for what was observed."""
+        snapshot = observation.snapshot
         replicas, batch_cap = self._replicas, self._batch_cap
         proposed = policy.propose(observation)
         settled, reasons = self.settle(proposed, observation)
@@ -94,6 +130,32 @@ class Decider:
         still = np.where(observation.blind, Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
+
+    def _put_in_force(self, settled: Target, time_s: Floats) -> None:
+        """Remember a target after `_before`."""
+        before, _, changed_s = self._before
+        moved = total(settled.replicas) != total(before)
+        # Copies: a later reset must not reach into decisions already made.
+        replicas = settled.replicas.copy(order="F")
+        if self._strangers:  # what is unknown stays so
+            unknown = least(before) < 0
+            moved &= ~unknown
+            replicas[unknown] = -1
+        self._changed_s = np.where(moved, time_s, changed_s)
+        self._replicas = replicas
+        self._batch_cap = settled.batch_cap.copy(order="F")
+
+    def _situation(self, observation: Observation) -> Situation:
+        """What the guardrails look at, as it was before the last `settle` or will be at the next."""
+        replicas, batch_cap, changed_s = self._before
+        return Situation(
+            observation=observation,
+            fleet=self.fleet,
+            spec=self.guardrails,
+            current=np.maximum(replicas, 0) if self._strangers else replicas,
+            current_cap=batch_cap,
+            quiet_s=observation.snapshot.time_s - changed_s,
+        )
 
     def _adopt(self, snapshot: Snapshot) -> None:
         """Take the targets that are in force in the world for services seen for the first time.

@@ -7,6 +7,8 @@ This module must not know what the dial means to the policy that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from policies.contract import Bools, Floats, Snapshot
@@ -61,6 +63,24 @@ class ErrorBudget:
         rows = slice(None) if services is None else services
         for array in (self.dial, self._missed, self._missed_s, self._counted, self._counted_s):
             array[rows] = 0.0
+
+    def state(self) -> dict[str, Floats]:
+        """The dial and its memory, (n,) each."""
+        return {
+            "dial": self.dial,
+            "missed": self._missed,
+            "missed_s": self._missed_s,
+            "counted": self._counted,
+            "counted_s": self._counted_s,
+        }
+
+    def restore(self, state: Mapping[str, Floats]) -> None:
+        """Go on from what `state` returned."""
+        self.dial = np.clip(state["dial"], self.low, self.high)
+        self._missed = np.array(state["missed"], np.float64)
+        self._missed_s = np.array(state["missed_s"], np.float64)
+        self._counted = np.array(state["counted"], np.float64)
+        self._counted_s = np.array(state["counted_s"], np.float64)
 
     def update(self, snapshot: Snapshot, patient: Bools | None = None, stuck: Bools | None = None) -> Floats:
         """Account for one window; the dial (n,). Windows without a measurement change nothing.

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,6 +197,14 @@ class LearnedPolicy:
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""
         self._budget.reset(services)
+
+    def state(self) -> dict[str, Floats]:
+        """The error budgets, (n,) each."""
+        return self._budget.state()
+
+    def restore(self, state: Mapping[str, Floats]) -> None:
+        """Go on from what `state` returned."""
+        self._budget.restore(state)
 
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 3) in -1..1 for features (n, F)."""

@@ -8,8 +8,11 @@ This module must not know about any particular policy.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from policies.columns import any_pool, between, least, measured, most, total
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
@@ -111,8 +114,9 @@ _AT_MOST = np.array([[AT_MOST.get(name, np.inf)] for name in FEATURES], np.float
 _DECAY_S = np.array([*MEMORIES_S, PEAK_MEMORY_S, SCALING_MEMORY_S])[:, np.newaxis]
 
 
-def _log(ratio: Floats) -> Floats:
-    return np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
+def _log(ratio: npt.NDArray[Any]) -> Floats:
+    logs: Floats = np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
+    return logs
 
 
 def encode_miss_price(log_miss_price: Floats) -> Floats:
@@ -205,6 +209,25 @@ class ObservationBuilder:
                 history[..., rows] = getattr(fresh, name)
         self._mix.adopt(fresh._mix, rows)
         return observation
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The history, as arrays with leading axis n."""
+        return {f"{part}.{name}": np.moveaxis(array, -1, 0) for part, name, array in self._histories()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from what `state` returned."""
+        for part, name, array in self._histories():
+            array[...] = np.moveaxis(state[f"{part}.{name}"], 0, -1)
+
+    def _histories(self) -> list[tuple[str, str, npt.NDArray[Any]]]:
+        """Every array that changes from tick to tick, services last."""
+        parts = {"observation": self, "mix": self._mix}
+        return [
+            (part, name.lstrip("_"), array)
+            for part, owner in parts.items()
+            for name, array in vars(owner).items()
+            if isinstance(array, np.ndarray) and name != "_static"
+        ]
 
     def _remember(self, snapshot: Snapshot, demand: Floats, blind: Bools) -> None:
         """Update the memories; `demand` (P, n) is in replicas."""

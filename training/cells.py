@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from policies.contract import Policy
-from training.lineup import Entry, build, starting_spec
+from policies.lineup import Entry, build, starting_spec
 from training.oracle import bound_scores, find, no_timeline, timetable_policy, timetable_world
 from training.replay import World
 from training.result_cache import ResultCache

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoscaler import edge_cli, run_cli
 from envs import trace_cli
-from training import profile_cli, train_cli, what_if_cli
+from training import profile_cli, record_cli, train_cli, what_if_cli
 from training.console import (
     check_writable,
     one_sentence_errors,
@@ -103,7 +104,7 @@ def evaluate(
     Every policy runs on every scenario and seed of a suite, through the controller that ships. `all` stands for every
     policy there is and for the references: the fluid bound, the clairvoyant plan and the best static fleet.
     """
-    from training.lineup import split_references
+    from policies.lineup import split_references
     from training.scenarios import load_suite
 
     chosen = load_suite(suite)
@@ -147,7 +148,7 @@ def tune(
     from dataclasses import asdict
 
     from envs.kernel_cache import warm_up
-    from training.lineup import REFERENCES, resolve, split_references
+    from policies.lineup import REFERENCES, resolve, split_references
     from training.result_cache import ResultCache
     from training.scenarios import load_suite
     from training.tuning import Part, Question
@@ -185,7 +186,7 @@ def demo(
 
     The baselines run beside it; the results go to report.html and summary.json.
     """
-    from training.lineup import SHIPPED_BUNDLE, split_references
+    from policies.lineup import SHIPPED_BUNDLE, split_references
     from training.scenarios import load_suite
 
     suite = load_suite("demo")
@@ -314,3 +315,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 train_cli.register(app)
 what_if_cli.register(app)
+record_cli.register(app)
+for command in run_cli.COMMANDS:
+    app.command()(one_sentence_errors(command))
+for command in edge_cli.COMMANDS:
+    app.command()(one_sentence_errors(command))

@@ -18,8 +18,9 @@ import numpy as np
 from policies.engine import ConfigError
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch
+from policies.lineup import REFERENCES, Entry, build, reference_of, resolve, self_tuned
 from training.cells import DEFAULT, Cell, Variant, label, run_work
-from training.lineup import REFERENCES, Entry, build, reference_of, resolve, self_tuned
+from training.registry import resolve_bundle
 from training.result_cache import ResultCache
 from training.scenarios import Scenario, Suite, TraceSource
 from training.scores import AVERAGED, REFERENCE, Score
@@ -104,7 +105,7 @@ def evaluate(
 
     Args:
         suite: what to judge on.
-        policies: references as `training.lineup` reads them; ``bound``, ``plan`` and ``best-static`` among them.
+        policies: references as `policies.lineup` reads them; ``bound``, ``plan`` and ``best-static`` among them.
         jobs: processes.
         on_progress: told after each scenario and policy, and after each study.
         tuned: settings of every policy that can be tuned: ``default``, those tuned on the ``train`` slice, these and
@@ -120,7 +121,7 @@ def evaluate(
     cache = cache or ResultCache(None)
     named = list(dict.fromkeys(policies))
     references = [name for name in REFERENCES if name in named]
-    entries = [resolve(reference) for reference in named if reference not in REFERENCES]
+    entries = [resolve(reference, resolve_bundle) for reference in named if reference not in REFERENCES]
     _check(suite, entries)
     with open_workers(jobs, ray_address) as workers:
         tunings = _tuned(suite, entries, tuned, workers, cache, on_progress)
@@ -205,10 +206,10 @@ def _work(
                     continue
                 if tunable:
                     found = settings[scenario.name, name, "hindsight" if mode == "hindsight" else "train"]
-                    chosen = resolve(reference_of(moved if mode == "self" else name, found))
+                    chosen = resolve(reference_of(moved if mode == "self" else name, found), resolve_bundle)
                     work.append((scenario, Variant(name, mode, chosen)))
                 elif mode == "self":
-                    work.append((scenario, Variant(name, mode, resolve(moved))))
+                    work.append((scenario, Variant(name, mode, resolve(moved, resolve_bundle))))
         if references:
             work.append((scenario, tuple(references)))
     return work

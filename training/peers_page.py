@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from policies.baselines.parameters import Parameter, TunablePolicy
-from training.lineup import BASELINES
+from policies.lineup import BASELINES
 from training.readme import replace_block
 
 

@@ -237,7 +237,7 @@ class Suite(StrictModel):
     name: str = Field(min_length=1, description="Name of the suite.")
     description: str = Field(default="", description="What it is for.")
     policies: tuple[str, ...] = Field(
-        default=("all",), description="Policies to judge when none is asked for, see `training.lineup`."
+        default=("all",), description="Policies to judge when none is asked for, see `policies.lineup`."
     )
     scenarios: tuple[Scenario, ...] = Field(description="Scenarios that can run here.")
     skipped: tuple[Skipped, ...] = Field(

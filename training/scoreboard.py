@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.lineup import is_peer, is_rule
 from training.cells import label
-from training.lineup import is_peer, is_rule
 from training.scores import REFERENCE
 from training.standings import MODES, Standing, add_ratios, best_peer, cheapest, standings_of
 

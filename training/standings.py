@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from policies.lineup import REFERENCES, is_peer
 from training.cells import DEFAULT
 from training.evaluate import BOOTSTRAP_RESAMPLES, Evaluation
-from training.lineup import REFERENCES, is_peer
 from training.scores import REFERENCE
 
 FLAT_FIELDS = (

@@ -111,6 +111,9 @@ class TimelineRecorder:
             )
         )
 
+    def conclude(self, decision: Decision) -> None:
+        """Nothing more: in the simulated cluster every recorded target is carried out."""
+
     def timeline(self) -> Timeline:
         """What was recorded so far."""
         service = np.array(self._service, np.float64).reshape(len(self._service), 10)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from envs.traces import Trace
 from policies.baselines.parameters import Parameter, Setting
 from policies.fleet import Fleet
-from training.lineup import build, reference_of, resolve, starting_spec, tunable_parameters
+from policies.lineup import build, reference_of, resolve, starting_spec, tunable_parameters
 from training.replay import SideBySide, World
 from training.result_cache import ResultCache, scenario_key
 from training.scenarios import Scenario

@@ -48,9 +48,9 @@ def what_if(
     import os
 
     from envs.kernel_cache import warm_up
+    from policies.lineup import split_references
     from policies.spec import find_engine
     from training.evaluate import evaluate
-    from training.lineup import split_references
     from training.result_cache import ResultCache
     from training.standings import flat_rows
     from training.what_if import Sweep, numbers, suite_of

@@ -74,6 +74,10 @@ class World:
         self.events.append(("recorded", self.now_s))
         self.decisions.append(decision)
 
+    def conclude(self, decision: Decision) -> None:
+        self.events.append(("concluded", self.now_s))
+        self.decisions[-1] = decision
+
 
 class Wish:
     """Always the same number of replicas."""
@@ -121,7 +125,7 @@ def outcomes(world: World) -> list[tuple[str, list[str], int]]:
 def test_a_decision_is_recorded_before_it_is_carried_out() -> None:
     world = World(window(0.0))
     controller_on(world, Wish(4)).tick()
-    assert [event for event, _ in world.events] == ["read", "recorded", "applied"]
+    assert [event for event, _ in world.events] == ["read", "recorded", "applied", "concluded"]
     assert [target.replicas.tolist() for target in world.targets] == [[[4]]]
     assert outcomes(world) == [("SCALED", [], 4)]
 
@@ -179,8 +183,8 @@ def test_a_failed_actuation_is_recorded_and_tried_again_at_the_next_tick() -> No
     world = World(window(0.0), window(15.0), refused=(1,))
     controller = controller_on(world, Wish(4))
     controller.run(until_s=15.0)
-    assert [event for event, _ in world.events] == ["read", "recorded", "refused", "recorded"]
-    assert outcomes(world) == [("SCALED", [], 4), ("HELD", ["actuation_failed"], 4)]
+    assert [event for event, _ in world.events] == ["read", "recorded", "refused", "concluded"]
+    assert outcomes(world) == [("HELD", ["actuation_failed"], 4)]
     controller.run(until_s=30.0)
     assert [target.replicas.tolist() for target in world.targets] == [[[4]]]
 
@@ -192,7 +196,7 @@ def test_the_tick_hands_back_what_became_of_the_decision() -> None:
     assert controller.tick().outcome.tolist() == [Outcome.UNCHANGED]
 
 
-@pytest.mark.parametrize("port", ["read", "record", "apply"])
+@pytest.mark.parametrize("port", ["read", "record", "apply", "conclude"])
 def test_an_error_of_the_program_is_not_swallowed(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(window(0.0))
 
@@ -252,6 +256,9 @@ class Log:
 
     def record(self, decision: Decision) -> None:
         self.decisions.append(decision)
+
+    def conclude(self, decision: Decision) -> None:
+        """Nothing more to keep."""
 
 
 def controlled(spec: ScalingSpec, trace: Trace, policy_of: Callable[[Fleet], Policy], until_s: float) -> list[Decision]:

@@ -29,6 +29,7 @@ from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, load_bundle
 from policies.spec import GuardrailSpec, InterfaceSpec, ObjectiveSpec, PoolSpec, ScalingSpec, Slo, shipped_configs
+from tests.benchmarks import live, live_edges
 
 REQUESTS = 200_000
 ENVS = 512
@@ -65,6 +66,8 @@ def figures() -> Iterator[tuple[str, float, str]]:
             p50, p99 = decision(kind, n)
             yield f"decision_{kind}_p50_ms_n{n}", p50 * 1e3, "ms"
             yield f"decision_{kind}_p99_ms_n{n}", p99 * 1e3, "ms"
+    yield from live.figures()
+    yield from live_edges.figures()
 
 
 def best_cpu_s(run: Callable[[], None], repeats: int = REPEATS) -> float:

@@ -18,10 +18,10 @@ from policies.baselines.static import StaticPolicy
 from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Observation, Policy, Snapshot
 from policies.fleet import Fleet
+from policies.lineup import BASELINES
 from policies.observation import ObservationBuilder
 from policies.self_tuned import SelfTunedPolicy
 from policies.spec import WindowSpec
-from training.lineup import BASELINES
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 

@@ -4,6 +4,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace, write_trace
+from policies import lineup
 from policies.action import ACTIONS
 from policies.contract import Outcome
 from policies.decider import Decider
@@ -12,7 +13,6 @@ from policies.fleet import Fleet
 from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
-from training import lineup
 from training.evaluate import bootstrap_interval, evaluate, run_cell
 from training.replay import read_horizon
 from training.scenarios import Scenario, Suite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.lineup import BASELINES
+from policies.lineup import BASELINES
 from training.peers_page import page
 from training.readme import replace_block
 

@@ -13,11 +13,11 @@ from stable_baselines3 import PPO
 import training.train
 from envs.episodes import Episodes
 from envs.vector_env import AutoscalingVecEnv
+from policies import lineup
 from policies.action import ACTIONS
 from policies.engine import ConfigError
 from policies.learned import MISS_PRICE_COLUMN, LearnedPolicy, load_bundle
 from policies.observation import encode_miss_price
-from training import lineup
 from training.monitor import RunState, TrainingMonitor
 from training.registry import CHALLENGER, register
 from training.tracking import connect

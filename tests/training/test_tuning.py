@@ -5,9 +5,9 @@ from worlds import chat
 
 from policies.baselines.parameters import Parameter
 from policies.engine import ConfigError
+from policies.lineup import reference_of
 from training import tuning
 from training.evaluate import evaluate
-from training.lineup import reference_of
 from training.result_cache import ResultCache
 from training.tuning import BATCH, Question, parameters_for, trials_for, try_settings, tune
 from training.workers import InProcess

@@ -1,9 +1,9 @@
-"""Policies by reference: the words of ``jevons evaluate --policy``.
+"""Policies by reference: the words of ``jevons evaluate --policy`` and of a live configuration.
 
 The name of a baseline, with parameters after colons (``hpa:target_share=0.6:tolerance=0.2``), see ``docs/peers.md``;
 ``learned`` for the bundle that ships with Jevons; a path to a bundle; ``models:/NAME@ALIAS`` or ``models:/NAME/3`` for
 one in the model registry. ``+self`` behind any of these lets an error budget move its headroom (``hpa+self``).
-This module must not know what a policy is judged on.
+This module must not know what a policy is judged on, nor how a registry is reached: the caller brings that along.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from policies.learned import LearnedPolicy, PolicyBundle, load_bundle
 from policies.self_tuned import SelfTunedPolicy
 from policies.spec import InterfaceSpec, ScalingSpec, shipped_configs
 
+Registry = Callable[[str], Path]
+"""Fetches the bundle that a `models:/` reference names; the path of a local copy."""
 SHIPPED_BUNDLE = shipped_configs() / "policies" / "default.zip"
 Value = Setting | list[int]
 BASELINES: dict[str, type[TunablePolicy]] = {
@@ -118,8 +120,8 @@ def split_references(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(references))
 
 
-def resolve(reference: str) -> Entry:
-    """Check a reference and load its bundle.
+def resolve(reference: str, registry: Registry | None = None) -> Entry:
+    """Check a reference and load its bundle; `registry` fetches those in the model registry.
 
     Raises:
         ConfigError: when the policy, a parameter or a value is unknown; the message lists what exists.
@@ -141,9 +143,9 @@ def resolve(reference: str) -> Entry:
             )
         path = SHIPPED_BUNDLE
     elif asked.startswith("models:/"):
-        from training.registry import resolve_bundle
-
-        path = resolve_bundle(asked)
+        if registry is None:
+            raise ConfigError(f"policy {reference!r}: no model registry can be used here; name a bundle file")
+        path = registry(asked)
     elif asked.endswith(".zip"):
         path = Path(asked)
     else:
@@ -175,14 +177,14 @@ def _build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
     return make(fleet, **values)
 
 
-def make_policy(reference: str, fleet: Fleet, specs: Sequence[ScalingSpec]) -> Policy:
+def make_policy(reference: str, fleet: Fleet, specs: Sequence[ScalingSpec], registry: Registry | None = None) -> Policy:
     """The policy that `reference` names, for the services of `fleet`, whose specs share one interface.
 
     Raises:
         ConfigError: as `resolve` and `build`.
         BundleMismatch: as `resolve` and `build`.
     """
-    return build(resolve(reference), fleet, specs[0].interface)
+    return build(resolve(reference, registry), fleet, specs[0].interface)
 
 
 def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:

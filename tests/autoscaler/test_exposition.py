@@ -1,0 +1,95 @@
+"""The controller's own metrics: families, the arithmetic of cost per token, and what is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from live_fakes import LiveWorld, burst, live_config, service_spec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def values(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    """Samples of service `chat` by name and pool, outcome or reason."""
+    found = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if labels.pop("service", "chat") == "chat":
+                found[sample.name, next(iter(labels.values()), "")] = sample.value
+    return found
+
+
+def test_families_are_those_that_the_guide_names(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.run(service, 3)
+    names = {family.name for family in text_string_to_metric_families(generate_latest(service.registry).decode())}
+    assert names == {
+        "jevons_policy_info",
+        "jevons_cost_usd",
+        "jevons_tokens",
+        "jevons_decisions",
+        "jevons_held_decisions",
+        "jevons_stage_seconds",
+        "jevons_last_tick_timestamp_seconds",
+        "jevons_cost_usd_per_hour",
+        "jevons_cost_usd_per_million_tokens",
+        "jevons_tokens_per_second",
+        "jevons_ttft_attainment_ratio",
+        "jevons_tpot_attainment_ratio",
+        "jevons_queue_requests",
+        "jevons_utilization_ratio",
+        "jevons_observation_distance",
+        "jevons_pool_cost_usd_per_hour",
+        "jevons_pool_cost_usd_per_million_tokens",
+        "jevons_decided_replicas",
+        "jevons_decided_batch_cap",
+        "jevons_target_replicas",
+        "jevons_ready_replicas",
+        "jevons_starting_replicas",
+    }
+    service.close()
+
+
+def test_cost_per_million_tokens_is_the_bill_over_the_tokens(tmp_path: Path) -> None:
+    spec = service_spec()
+    world = LiveWorld([spec], [burst()])
+    service = world.service(live_config(tmp_path))
+    usd = tokens = 0.0
+    pool = spec.pools[0]
+    for _ in range(10):
+        (decision,) = world.run(service, 1)
+        snapshot = decision.snapshot
+        paid = snapshot.replicas_ready + snapshot.replicas_starting + snapshot.replicas_draining
+        rate = float(paid[0, 0]) * pool.usd_per_replica_hour * 1.15
+        token_rate = float(snapshot.prompt_tps[0] + snapshot.generation_tps[0])
+        usd += rate / 3600.0 * float(snapshot.window_s[0])
+        tokens += token_rate * float(snapshot.window_s[0])
+        found = values(service.registry)
+        assert found["jevons_cost_usd_per_hour", ""] == pytest.approx(rate)
+        assert found["jevons_cost_usd_per_million_tokens", ""] == pytest.approx(rate / 3600.0 / token_rate * 1e6)
+        assert found["jevons_pool_cost_usd_per_million_tokens", pool.label] == pytest.approx(
+            found["jevons_cost_usd_per_million_tokens", ""]
+        )
+    assert found["jevons_cost_usd_total", pool.label] == pytest.approx(usd)
+    assert found["jevons_tokens_total", pool.label] == pytest.approx(tokens)
+    service.close()
+
+
+def test_what_is_not_known_is_left_out_and_holds_are_counted_by_reason(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.run(service, 2)
+    world.blind = True
+    world.run(service, 3)
+    found = values(service.registry)
+    assert ("jevons_cost_usd_per_million_tokens", "") not in found
+    assert ("jevons_ready_replicas", "llama-3.1-8b-l40s") not in found
+    assert found["jevons_decisions_total", "held"] == 3
+    (tmp_path / "STOP").touch()
+    world.blind = False
+    world.run(service, 2)
+    assert values(service.registry)["jevons_held_decisions_total", "kill_switch"] == 2
+    service.close()

@@ -1,0 +1,403 @@
+"""Real servers on loopback, each with free ports and a folder of its own, gone when the tests are.
+
+A server whose program is not installed raises `Missing`, with how to get it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import json
+import lzma
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKED_API_SERVER = ROOT.parent / "shared" / "kube" / "kube-apiserver.xz"
+START_S = 120.0
+"""Generous: the machine may be busy."""
+
+
+class Missing(RuntimeError):  # noqa: N818 - reads as the state that it reports
+    """A program is not installed; the message says how to get it."""
+
+
+def program(name: str, package: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise Missing(f"{name} is not installed: apt-get install -y --no-install-recommends {package}")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(true: Callable[[], object], what: str, limit_s: float = START_S, pause_s: float = 0.05) -> None:
+    """Wait for a condition; an exception of the network counts as not yet."""
+    until_s = time.monotonic() + limit_s
+    while time.monotonic() < until_s:
+        try:
+            if true():
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(pause_s)
+    raise AssertionError(f"{what}: not within {limit_s:.0f} s")
+
+
+def answers(url: str, headers: Mapping[str, str] = {}, context: ssl.SSLContext | None = None) -> bool:
+    request = urllib.request.Request(url, headers=dict(headers))
+    with urllib.request.urlopen(request, timeout=2, context=context) as response:
+        return int(response.status) == 200
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Process:
+    """A server that is stopped with `stop`, or by the kernel when the tests die."""
+
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                preexec_fn=_die_with_parent,
+            )
+
+    def wait(self, ready: Callable[[], object], what: str) -> None:
+        def alive_and_ready() -> object:
+            code = self.process.poll()
+            if code is not None:
+                raise AssertionError(f"{what} ended with {code}: {self.log.read_text(errors='replace')[-2000:]}")
+            return ready()
+
+        try:
+            wait_until(alive_and_ready, what)
+        except AssertionError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Engine(Process):
+    """An emulated engine, `jevons emulate`, in a process of its own."""
+
+    def __init__(self, folder: Path, *options: str, name: str = "engine", engine: str = "llama-3.1-8b-h100") -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        command = [str(Path(sys.executable).parent / "jevons"), "emulate", "--engine", engine, "--port", str(self.port)]
+        super().__init__([*command, *options], folder / f"{name}-{self.port}.log")
+
+    def ready(self) -> Engine:
+        self.wait(lambda: answers(f"http://{self.address}/health"), "emulated engine")
+        return self
+
+
+class Prometheus(Process):
+    """Prometheus with one file of targets, which `scrape` writes."""
+
+    def __init__(self, folder: Path, scrape_s: float = 1.0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.targets = folder / "targets.json"
+        self.targets.write_text("[]")
+        interval = f"{round(scrape_s * 1000)}ms"
+        config = {
+            "global": {"scrape_interval": interval, "scrape_timeout": interval},
+            "scrape_configs": [
+                {
+                    "job_name": "tests",
+                    "file_sd_configs": [{"files": [str(self.targets)], "refresh_interval": "1s"}],
+                }
+            ],
+        }
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self._start()
+
+    def _start(self) -> None:
+        Process.__init__(
+            self,
+            [
+                program("prometheus", "prometheus"),
+                f"--config.file={self.folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={self.folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+                "--web.enable-lifecycle",
+            ],
+            self.folder / "prometheus.log",
+        )
+        self.wait(lambda: answers(f"{self.url}/-/ready"), "Prometheus")
+
+    def restart(self) -> None:
+        self._start()
+
+    def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+        """Scrape these: (address, labels)."""
+        partial = self.targets.with_suffix(".partial")
+        partial.write_text(json.dumps([{"targets": [at], "labels": dict(labels)} for at, labels in groups]))
+        partial.replace(self.targets)
+
+    def wait_scraped(self, addresses: Sequence[str]) -> None:
+        """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
+
+        def scraped() -> bool:
+            with urllib.request.urlopen(f"{self.url}/api/v1/targets", timeout=5) as response:
+                active = json.load(response)["data"]["activeTargets"]
+            up = {one["labels"]["instance"] for one in active if one["health"] == "up"}
+            return up >= set(addresses)
+
+        wait_until(scraped, "all targets are scraped")
+
+
+class HAProxy(Process):
+    """HAProxy with backends whose servers come and go through the Runtime API."""
+
+    def __init__(self, folder: Path, backends: Sequence[str], servers: Mapping[str, Sequence[tuple[str, str]]] = {}):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.socket = folder / "haproxy.sock"
+        self.ports = {name: free_port() for name in backends}
+        self.metrics_port = free_port()
+        lines = [
+            "global",
+            f"  stats socket {self.socket} mode 600 level admin",
+            "  log stdout format raw local0 info",
+            "  maxconn 4000",
+            "defaults",
+            "  mode http",
+            "  log global",
+            "  option httplog",
+            "  option http-server-close",
+            "  timeout connect 5s",
+            "  timeout client 300s",
+            "  timeout server 300s",
+            "  timeout queue 300s",
+            "frontend metrics",
+            f"  bind 127.0.0.1:{self.metrics_port}",
+            "  http-request use-service prometheus-exporter if { path /metrics }",
+        ]
+        for name in backends:
+            lines += [f"frontend {name}-in", f"  bind 127.0.0.1:{self.ports[name]}", f"  default_backend {name}"]
+            lines += [f"backend {name}", "  balance leastconn"]
+            lines += [f"  server {server} {address} maxconn 64" for server, address in servers.get(name, ())]
+        (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
+        super().__init__(
+            [program("haproxy", "haproxy"), "-db", "-f", str(folder / "haproxy.cfg")], folder / "haproxy.log"
+        )
+        self.wait(lambda: answers(f"http://127.0.0.1:{self.metrics_port}/metrics"), "HAProxy")
+
+    def url(self, backend: str) -> str:
+        return f"http://127.0.0.1:{self.ports[backend]}"
+
+
+class KubeApiServer:
+    """etcd and kube-apiserver: from $KUBEBUILDER_ASSETS (envtest's folder) where it is set. No controllers run."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        assets = os.environ.get("KUBEBUILDER_ASSETS", "")
+        etcd = (
+            str(Path(assets) / "etcd")
+            if assets and (Path(assets) / "etcd").is_file()
+            else program("etcd", "etcd-server")
+        )
+        self._ports = [free_port() for _ in range(3)]
+        self.port, client, peer = self._ports
+        self._etcd = Process(
+            [
+                etcd,
+                f"--data-dir={folder / 'etcd'}",
+                f"--listen-client-urls=http://127.0.0.1:{client}",
+                f"--advertise-client-urls=http://127.0.0.1:{client}",
+                f"--listen-peer-urls=http://127.0.0.1:{peer}",
+                f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
+                f"--initial-cluster=default=http://127.0.0.1:{peer}",
+                "--unsafe-no-fsync",
+            ],
+            folder / "etcd.log",
+        )
+        self._etcd.wait(lambda: answers(f"http://127.0.0.1:{client}/health"), "etcd")
+        key = folder / "service-accounts.key"
+        subprocess.run(
+            [program("openssl", "openssl"), "genrsa", "-out", str(key), "2048"], check=True, capture_output=True
+        )
+        tokens = folder / "tokens.csv"
+        tokens.write_text("admin-token,admin,admin,system:masters\nautoscaler-token,autoscaler,autoscaler\n")
+        self._api = Process(
+            [
+                str(_api_server(assets, folder)),
+                f"--etcd-servers=http://127.0.0.1:{client}",
+                "--bind-address=127.0.0.1",
+                "--advertise-address=127.0.0.1",
+                f"--secure-port={self.port}",
+                f"--cert-dir={folder / 'certificates'}",
+                f"--token-auth-file={tokens}",
+                "--authorization-mode=RBAC",
+                f"--service-account-key-file={key}",
+                f"--service-account-signing-key-file={key}",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--service-cluster-ip-range=10.0.0.0/24",
+                "--disable-admission-plugins=ServiceAccount",
+            ],
+            folder / "kube-apiserver.log",
+        )
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        url = f"https://127.0.0.1:{self.port}"
+        headers = {"Authorization": "Bearer admin-token"}
+        try:
+            self._api.wait(lambda: answers(f"{url}/readyz", headers, unverified), "kube-apiserver")
+        except AssertionError:
+            self._etcd.stop()
+            raise
+        self.ca = folder / "certificates" / "apiserver.crt"
+        self.kubeconfig = self.write_kubeconfig("admin", "admin-token", url)
+        self.limited = self.write_kubeconfig("limited", "autoscaler-token", url)
+
+    def write_kubeconfig(self, name: str, token: str, url: str) -> Path:
+        cluster: dict[str, Any] = {"server": url}
+        if url.startswith("https"):
+            cluster["certificate-authority"] = str(self.ca)
+        path = self.folder / f"{name}.kubeconfig"
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "local",
+            "clusters": [{"name": "local", "cluster": cluster}],
+            "users": [{"name": "user", "user": {"token": token}}],
+            "contexts": [{"name": "local", "context": {"cluster": "local", "user": "user"}}],
+        }
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def stop(self) -> None:
+        self._api.stop()  # first: it hangs when etcd goes before it
+        self._etcd.stop()
+
+
+def _api_server(assets: str, folder: Path) -> Path:
+    if assets:
+        return Path(assets) / "kube-apiserver"
+    found = shutil.which("kube-apiserver")
+    if found:
+        return Path(found)
+    if not PACKED_API_SERVER.is_file():
+        raise Missing("kube-apiserver is not there: set KUBEBUILDER_ASSETS to a folder of setup-envtest")
+    binary = folder / "kube-apiserver"
+    with lzma.open(PACKED_API_SERVER) as packed, binary.open("wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    binary.chmod(0o755)
+    return binary
+
+
+class FaultProxy:
+    """Passes HTTP requests on to a real server, and fails in the way it is told: what comes back is what users see.
+
+    `fault` is called with method and path and returns what to do: None to pass on, an HTTP status to answer with,
+    "slow" to wait for `delay_s` first, "cut" to end the connection in the middle of the answer, "empty" for no body.
+    """
+
+    def __init__(self, upstream: str, ca: Path | None = None) -> None:
+        self.upstream, self.delay_s = upstream, 5.0
+        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.seen: list[tuple[str, str]] = []
+        context = ssl.create_default_context(cafile=str(ca)) if ca else None
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def _pass(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length) if length else None
+                path = self.path.partition("?")[0]
+                proxy.seen.append((self.command, path))
+                fault = proxy.fault(self.command, path)
+                if fault == "slow":
+                    time.sleep(proxy.delay_s)
+                if isinstance(fault, int):
+                    message = b'{"kind":"Status","message":"made to fail"}'
+                    self._send(fault, message, "application/json")
+                    return
+                request = urllib.request.Request(f"{proxy.upstream}{self.path}", body, method=self.command)
+                for name, value in self.headers.items():
+                    if name.lower() not in ("host", "content-length", "connection", "accept-encoding"):
+                        request.add_header(name, value)
+                try:
+                    with urllib.request.urlopen(request, timeout=30, context=context) as response:
+                        status, data = response.status, response.read()
+                        kind = response.headers.get("Content-Type", "application/json")
+                except urllib.error.HTTPError as error:
+                    status, data, kind = error.code, error.read(), error.headers.get("Content-Type", "application/json")
+                except OSError:
+                    status, data, kind = 502, b"{}", "application/json"
+                if fault == "cut":
+                    self.send_response(status)
+                    self.send_header("Content-Type", kind)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2])
+                    self.close_connection = True
+                    return
+                self._send(status, b"" if fault == "empty" else data, kind)
+
+            def _send(self, status: int, data: bytes, kind: str) -> None:
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", kind)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    self.close_connection = True  # the client did not wait
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

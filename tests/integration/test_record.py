@@ -1,0 +1,86 @@
+"""A generated trace, replayed on emulated engines, is recorded as what it was: number, dispersion, lengths."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+from conftest import start
+from servers import Engine, Prometheus
+
+from autoscaler.prometheus import PrometheusConfig
+from autoscaler.traffic_recording import record
+from envs.generator import GeneratorSpec, generate
+from envs.trace_summary import dispersion
+from envs.traces import Trace
+from training.record import trace_from_recording
+
+DURATION_S = 60.0
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
+    server = start(Prometheus, tmp_path / "prometheus")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Iterator[list[Engine]]:
+    running = [Engine(tmp_path, "--speedup", "20") for _ in range(2)]
+    for engine in running:
+        engine.ready()
+    yield running
+    for engine in running:
+        engine.stop()
+
+
+async def replay(trace: Trace, engines: list[Engine]) -> list[int]:
+    """HTTP status of each request, sent at its time."""
+    began_s = time.monotonic()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def send(row: int) -> int:
+            await asyncio.sleep(trace.arrival_s[row] - (time.monotonic() - began_s))
+            body = {
+                "prompt": "",
+                "jevons_prompt_tokens": int(trace.prompt_tokens[row]),
+                "max_tokens": int(trace.output_tokens[row]),
+            }
+            async with session.post(
+                f"http://{engines[row % len(engines)].address}/v1/completions", json=body
+            ) as answer:
+                await answer.read()
+                return answer.status
+
+        return await asyncio.gather(*(send(row) for row in range(len(trace))))
+
+
+def test_a_replayed_trace_is_recorded_as_it_was(prometheus: Prometheus, engines: list[Engine]) -> None:
+    trace = generate(GeneratorSpec(profile="chat", duration_s=DURATION_S, mean_rps=8.0), seed=3)
+    short = Trace.from_arrays(
+        trace.arrival_s, trace.prompt_tokens, np.minimum(trace.output_tokens, 200), duration_s=DURATION_S
+    )
+    prometheus.scrape([(engine.address, {"service": "chat"}) for engine in engines])
+    prometheus.wait_scraped([engine.address for engine in engines])
+    began_s = time.time()
+    assert set(asyncio.run(replay(short, engines))) == {200}
+    time.sleep(3.0)  # the last scrape
+    recording = record(PrometheusConfig(url=prometheus.url), "chat", began_s - 1.0, time.time())
+    recorded = trace_from_recording(recording, "recorded", seed=0)
+
+    assert len(recorded) == pytest.approx(len(short), rel=0.03)
+    assert dispersion(recorded, 10.0) == pytest.approx(dispersion(short, 10.0), rel=0.4)
+    assert recording.arrivals.resolution_s == pytest.approx(1.0, rel=0.5)
+    for field in ("prompt_tokens", "output_tokens"):
+        ratios = np.percentile(getattr(recorded, field), (25, 50, 75)) / np.percentile(
+            getattr(short, field), (25, 50, 75)
+        )
+        # A bucket of 1, 2, 5 is at most a factor of 2.5 wide.
+        assert np.all((ratios > 1 / 1.6) & (ratios < 1.6)), (field, ratios)
+    assert recording.lost[0] == "arrivals are the times of first tokens: the engines' queues have smoothed bursts"
