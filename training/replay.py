@@ -34,6 +34,9 @@ class NoRecorder:
     def record(self, decision: Decision) -> None:
         """Forget."""
 
+    def conclude(self, decision: Decision) -> None:
+        """Forget."""
+
 
 class SideBySide:
     """One policy per service, each made for a fleet of that service alone; satisfies `Policy`.

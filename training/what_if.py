@@ -111,10 +111,10 @@ def _replicas(engine: EngineProfile, slo: Slo, library: RequestLibrary, duration
     """Replicas that the first and the busiest five minutes need when their work comes evenly."""
     span_s = min(BUSIEST_S, max(duration_s, 1.0))
     starts = np.arange(0.0, max(duration_s, 1.0), span_s)
-    rows = np.array([library.rows(0, start, start + span_s) for start in starts])
+    first, end = library.rows(np.zeros(len(starts), np.int64), np.array([starts, starts + span_s]))
     spec = ScalingSpec(slo=slo, pools=(PoolSpec(engine=engine, max_replicas=1),))
     fleet = Fleet.from_specs([spec] * len(starts))
-    demand = steady_demand(fleet, library.totals(rows[:, 0], rows[:, 1]), np.full(len(starts), span_s))[:, 0]
+    demand = steady_demand(fleet, library.totals(first, end), np.full(len(starts), span_s))[:, 0]
     return float(demand[0]), float(demand.max())
 
 
