@@ -161,7 +161,7 @@ class FallbackLadder:
         below = Rung.BASELINE if not (self.reasons & Reason.POLICY_FAILED).any() else Rung.HOLD
         far = self.distance > self.spec.max_distance
         self._fall(far, below, Reason.OUT_OF_RANGE)
-        self._fall(partly_blind(snapshot) & ~snapshot.blind(), below, Reason.PARTLY_BLIND)
+        self._fall(partly_blind(snapshot) & ~observation.blind, below, Reason.PARTLY_BLIND)
         attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
         burning = attained < self._fleet.attainment_target
         shrinking = total(learned.replicas) < total(known(snapshot.replicas_target))

@@ -196,6 +196,7 @@ class Records:
         rows, now_s = self._rows, self._now()
         modes = decision.details["mode"][rows].tolist()
         before = decision.details["in_force"][rows].sum(axis=1).tolist()
+        known = (decision.details["in_force"][rows].min(axis=1) >= 0).tolist()
         after = decision.settled.replicas[rows].sum(axis=1).tolist()
         outcomes = [OUTCOMES[outcome] for outcome in decision.outcome[rows].tolist()]
         reasons = decision.reasons[rows].tolist()
@@ -209,8 +210,8 @@ class Records:
                 "mode": modes[place],
                 "outcome": PENDING if pending and outcomes[place] in CARRIED_OUT else outcomes[place],
                 "reasons": reasons[place],
-                "replicas_before": before[place],
-                "replicas_after": after[place],
+                "replicas_before": before[place] if known[place] else None,
+                "replicas_after": after[place] if known[place] else None,
                 "token": tokens[place],
             }
             for place, row in enumerate(rows.tolist())

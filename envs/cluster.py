@@ -35,6 +35,10 @@ RECLAIMED_ROWS_SHARE = 0.5
 """Spot pools get spare replica rows: those under notice still occupy theirs while replacements start."""
 S = {name: column for column, name in enumerate(SERVICE_COLUMNS)}
 P = {name: column for column, name in enumerate(POOL_COLUMNS)}
+_RATES = [S[name] for name in ("arrived", "arrived_prompt_tokens", "prefill_tokens", "generated_tokens", "finished")]
+_SUMS = [S[name] for name in ("finished_prompt_tokens", "finished_output_tokens", "ttft_ok", "tpot_ok")]
+_COUNTS = [S[name] for name in ("finished", "finished", "first_tokens", "finished")]
+_SPENT = slice(P["billed_replica_s"], P["busy_s"] + 1)  # replica, node, ready and busy seconds
 
 
 def pool_rows(pool: PoolSpec) -> int:
@@ -78,17 +82,21 @@ def pack_pools(specs: Sequence[ScalingSpec], pools: int) -> Records:
 
 
 class Reading(NamedTuple):
-    """Measurements at one time, by column: services are many, columns few. Never changed in place."""
+    """Measurements at one time, by column: services are many, columns few. Never changed once read."""
 
     read_s: Floats  # (n,)
     services: Floats  # (SERVICE_COLUMNS, n)
     pools: Floats  # (POOL_COLUMNS, P, n)
     histograms: Floats  # (TTFT bins then TPOT bins, n), or (0, n)
 
-    @classmethod
-    def of(cls, read_s: Floats, services: Floats, pools: Floats, histograms: Floats) -> Reading:
-        """From the kernel's arrays: (n,), (n, SERVICE_COLUMNS), (n, P, POOL_COLUMNS) and (n, bins)."""
-        return cls(read_s.copy(), services.T.copy(), pools.transpose(2, 1, 0).copy(), histograms.T.copy())
+    def renewed(self, services: Ints) -> Reading:
+        """A copy in which the listed services (k,) are to be written; they are 0 until then."""
+        if len(services) == len(self.read_s):
+            return Reading(*(np.zeros_like(array) for array in self))
+        renewed = Reading(*(array.copy() for array in self))
+        for array in renewed:
+            array[..., services] = 0.0
+        return renewed
 
     def patched(self, services: Ints, other: Reading) -> Reading:
         """This reading with the listed services (k,) as in `other`."""
@@ -163,11 +171,13 @@ class SimulatedCluster:
             histograms=np.zeros((n, bins), np.int64),
         )
         self._everything = np.arange(n)
-        self._services = np.zeros((n, len(SERVICE_COLUMNS)))
-        self._pools = np.zeros((n, pools, len(POOL_COLUMNS)))
-        self._histograms = np.zeros((n, bins))
-        self._read_s = np.zeros(n)
-        self._latest = self._previous = self._reading()
+        self._latest = self._previous = Reading(
+            np.zeros(n),
+            np.zeros((len(SERVICE_COLUMNS), n)),
+            np.zeros((len(POOL_COLUMNS), pools, n)),
+            np.zeros((bins, n)),
+        )
+        self._moved: Floats | None = None  # service columns of the window, once asked for
         self._kv_capacity = np.ones((n, pools), order="F")
 
     @classmethod
@@ -246,12 +256,8 @@ class SimulatedCluster:
             arrays, services, origin_s, first_row, end_row, seeds.astype(np.uint64), replicas.astype(np.int64)
         )
         self._kv_capacity[services] = np.maximum(pool_records["kv_capacity"], 1)
-        self._services[services] = 0.0
-        self._pools[services] = 0.0
-        self._histograms[services] = 0
-        self._read_s[services] = 0.0
-        self._latest = self._reading()
-        self._previous = self._previous.patched(services, self._latest)
+        self._latest, self._previous = self._latest.renewed(services), self._previous.renewed(services)
+        self._moved = None
 
     # Clock
 
@@ -271,60 +277,56 @@ class SimulatedCluster:
 
     def _run_to(self, act_s: Floats, services: Ints) -> None:
         self._previous = self._previous.patched(services, self._latest)
-        now_s = self.arrays.service["now_s"]
-        self._read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, now_s)[services]
-        fleet_step.run_windows(
-            self.arrays, services, self._read_s, act_s, self._services, self._pools, self._histograms
-        )
-        self._latest = self._reading()
+        self._latest = self._latest.renewed(services)
+        read_s, *columns = self._latest
+        read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, self.arrays.service["now_s"])[services]
+        fleet_step.run_windows(self.arrays, services, read_s, act_s, *columns)
+        self._moved = None
 
-    def _reading(self) -> Reading:
-        return Reading.of(self._read_s, self._services, self._pools, self._histograms)
+    def _window(self) -> Floats:
+        """(SERVICE_COLUMNS, n) how far every counter moved in the last window; of levels it means nothing."""
+        if self._moved is None:
+            self._moved = self._latest.services - self._previous.services
+        return self._moved
 
     # Metrics source
 
     def read(self) -> Snapshot:
         """What a metrics system would report now: the window that ended one metrics delay ago."""
-        latest, previous = self._latest, self._previous
-        span_s = np.maximum(latest.read_s - previous.read_s, 1e-9)
-        delta = latest.services - previous.services
-
-        def rate(name: str) -> Floats:
-            per_second: Floats = delta[S[name]] / span_s
-            return per_second
-
-        def mean(name: str, per: str) -> Floats:
-            count = delta[S[per]]
-            return np.where(count > 0, delta[S[name]] / np.maximum(count, 1.0), np.nan)
+        latest, window = self._latest, self._window()
+        span_s = np.maximum(latest.read_s - self._previous.read_s, 1e-9)
+        rates = window[_RATES] / span_s
+        with np.errstate(invalid="ignore"):  # nothing over nothing is unknown: NaN
+            means = window[_SUMS] / window[_COUNTS]
 
         def pool(name: str) -> Floats:
             column: Floats = latest.pools[P[name]].T
             return column
 
-        per_bin = ((latest.histograms - previous.histograms) / span_s).T
+        per_bin = ((latest.histograms - self._previous.histograms) / span_s).T
         ttft_bins = min(len(TTFT_EDGES_S) + 1, per_bin.shape[1])
         ready = pool("replicas_ready")
         return Snapshot(
             time_s=latest.read_s,
             window_s=span_s,
-            arrival_rps=rate("arrived"),
-            prompt_tps=rate("arrived_prompt_tokens"),
-            prefill_tps=rate("prefill_tokens"),
-            generation_tps=rate("generated_tokens"),
-            finished_rps=rate("finished"),
-            prompt_tokens_mean=mean("finished_prompt_tokens", "finished"),
-            output_tokens_mean=mean("finished_output_tokens", "finished"),
+            arrival_rps=rates[0],
+            prompt_tps=rates[1],
+            prefill_tps=rates[2],
+            generation_tps=rates[3],
+            finished_rps=rates[4],
+            prompt_tokens_mean=means[0],
+            output_tokens_mean=means[1],
             queue_requests=latest.services[S["queued"]],
             oldest_wait_s=latest.services[S["oldest_wait_s"]],
-            ttft_attainment=mean("ttft_ok", "first_tokens"),
-            tpot_attainment=mean("tpot_ok", "finished"),
+            ttft_attainment=means[2],
+            tpot_attainment=means[3],
             ttft_histogram_rps=per_bin[:, :ttft_bins],
             tpot_histogram_rps=per_bin[:, ttft_bins:],
             replicas_target=pool("replicas_target"),
             replicas_starting=pool("replicas_starting"),
             replicas_ready=ready,
             replicas_draining=pool("replicas_draining"),
-            boot_pipeline=latest.pools[P["boot_soon"] : P["boot_soon"] + BOOT_BINS].transpose(2, 1, 0),
+            boot_pipeline=latest.pools[P["boot_soon"] : P["boot_soon"] + BOOT_BINS].T,
             running=pool("running"),
             waiting=pool("waiting"),
             kv_cache_usage=pool("kv_used_tokens") / (np.maximum(ready, 1.0) * self._kv_capacity),
@@ -333,17 +335,14 @@ class SimulatedCluster:
 
     def usage(self) -> Usage:
         """Cumulative usage since the start of the episode, as of the last measurement."""
-        return _usage(self._latest, self._latest.services[S["overdue"]])
+        latest = self._latest
+        return _usage(latest.read_s, latest.services, latest.pools[_SPENT], latest.services[S["overdue"]])
 
     def window_usage(self) -> Usage:
         """Usage in the last window; `overdue` is the level at its end."""
         latest, previous = self._latest, self._previous
-        window = latest._replace(
-            read_s=latest.read_s - previous.read_s,
-            services=latest.services - previous.services,
-            pools=latest.pools - previous.pools,
-        )
-        return _usage(window, latest.services[S["overdue"]])
+        spent = latest.pools[_SPENT] - previous.pools[_SPENT]
+        return _usage(latest.read_s - previous.read_s, self._window(), spent, latest.services[S["overdue"]])
 
     def counter(self, name: str) -> Floats:
         """(n,) a cumulative service counter or level by its name in `envs.fleet_step.SERVICE_COLUMNS`."""
@@ -357,10 +356,10 @@ class SimulatedCluster:
         fleet_step.apply_all(self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap))
 
 
-def _usage(reading: Reading, overdue: Floats) -> Usage:
-    services, pools = reading.services, reading.pools
+def _usage(span_s: Floats, services: Floats, spent: Floats, overdue: Floats) -> Usage:
+    replica_s, node_s, ready_s, busy_s = spent.transpose(0, 2, 1)
     return Usage(
-        span_s=reading.read_s,
+        span_s=span_s,
         arrivals=services[S["arrived"]],
         rejected=services[S["rejected"]],
         finished=services[S["finished"]],
@@ -372,8 +371,8 @@ def _usage(reading: Reading, overdue: Floats) -> Usage:
         output_tokens=services[S["finished_output_tokens"]],
         good_tokens=services[S["good_tokens"]],
         scale_events=services[S["scale_ups"]] + services[S["scale_downs"]],
-        replica_s=pools[P["billed_replica_s"]].T,
-        node_s=pools[P["billed_node_s"]].T,
-        ready_s=pools[P["ready_s"]].T,
-        busy_s=pools[P["busy_s"]].T,
+        replica_s=replica_s,
+        node_s=node_s,
+        ready_s=ready_s,
+        busy_s=busy_s,
     )

@@ -15,6 +15,7 @@ from pydantic import Field
 from envs.cluster import SimulatedCluster
 from envs.randomization import Range, ScenarioBank, steady_demand
 from policies.action import decode_action
+from policies.columns import between
 from policies.contract import Bools, Features, Floats, Ints, Observation, put_rows, take_rows
 from policies.decider import Decider
 from policies.engine import StrictModel
@@ -153,8 +154,7 @@ class Episodes:
         traces = bank.trace[scenario]
         duration_s = bank.library.duration_s[traces]
         origin_s = rng.uniform(duration_s * self._part[0], duration_s * self._part[1] - self.length_s)
-        spans = [bank.library.rows(t, s, s + self.length_s) for t, s in zip(traces, origin_s, strict=True)]
-        first, end = np.array(spans, np.int64).reshape(k, 2).T
+        first, end = bank.library.rows(traces, np.array([origin_s, origin_s + self.length_s]))
         drawn = take_rows(bank.fleet, scenario)
         put_rows(self.fleet, services, drawn)
         spread = self.spec.log_miss_price_spread
@@ -198,7 +198,7 @@ class Episodes:
         total = self.cluster.usage()
         missed = total.finished - total.good + total.rejected + total.overdue
         # A miss counts when it is certain: a first token that is overdue counts before it comes.
-        new_misses = np.clip(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
+        new_misses = between(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
         self._missed = np.maximum(missed, self._missed)
         interval_s = self.bank.interface.window.control_interval_s
         cost = self._objective.cost(usage, self._request_usd, interval_s, new_misses)

@@ -464,7 +464,7 @@ def measure(st, v, service_out, pool_out, histograms_out):
             waiting += replica.waiting
             if replica.waiting_head >= 0:
                 oldest_s = min(oldest_s, st.slot[g * st.slots + replica.waiting_head].arrival_s)
-        out = pool_out[i]
+        out = pool_out[:, i]
         out[0] = pool.replicas_target
         out[1] = starting
         out[2] = ready
@@ -518,11 +518,11 @@ def apply_all(st, replicas, batch_cap):
 def run_windows(st, services, read_s, act_s, service_out, pool_out, histograms_out):
     """One control window for each listed service: run to `read_s`, measure, run on to `act_s`.
 
-    Arrays are as wide as the cluster: times (n,), outputs (n, SERVICE_COLUMNS), (n, pools, POOL_COLUMNS) and (n, bins).
+    Arrays are as wide as the cluster: times (n,), outputs (SERVICE_COLUMNS, n), (POOL_COLUMNS, pools, n) and (bins, n).
     """
     for v in services:
         advance(st, v, read_s[v])
-        measure(st, v, service_out[v], pool_out[v], histograms_out[v])
+        measure(st, v, service_out[:, v], pool_out[:, :, v], histograms_out[:, v])
         advance(st, v, act_s[v])
 
 

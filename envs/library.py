@@ -49,11 +49,17 @@ class RequestLibrary:
             _sums=np.concatenate([np.zeros((1, 3)), np.cumsum(stacked, axis=0)]),
         )
 
-    def rows(self, trace: int, start_s: float, end_s: float) -> tuple[int, int]:
-        """Row range [first, end) of the requests of `trace` that arrive in [start_s, end_s)."""
-        low, high = self.first[trace], self.first[trace + 1]
-        arrivals = self.arrival_s[low:high]
-        return int(low + np.searchsorted(arrivals, start_s)), int(low + np.searchsorted(arrivals, end_s))
+    def rows(self, traces: Ints, time_s: Floats) -> Ints:
+        """First row of each listed trace (k,) whose request arrives at `time_s` (..., k) or later; its end if none."""
+        # One binary search for all, because hundreds of episodes may begin in one step.
+        low = np.broadcast_to(self.first[traces], time_s.shape)
+        high = np.broadcast_to(self.first[traces + 1], time_s.shape)
+        while (searching := low < high).any():
+            middle = (low + high) // 2
+            earlier = searching & (self.arrival_s[np.where(searching, middle, 0)] < time_s)
+            low = np.where(earlier, middle + 1, low)
+            high = np.where(searching & ~earlier, middle, high)
+        return low
 
     def totals(self, first: Ints, end: Ints) -> Floats:
         """(k, 4) requests, prompt tokens, computed prompt tokens and output tokens of the row ranges [first, end)."""

@@ -319,5 +319,5 @@ def steady_demand(fleet: Fleet, totals: Floats, span_s: Floats) -> Floats:
         batch_cap=none + 1.0,
     )
     mix = RequestMix(n)
-    mix.update(snapshot)
+    mix.update(snapshot, fleet)
     return estimate_demand(snapshot, fleet, mix).tokens

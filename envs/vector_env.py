@@ -46,6 +46,8 @@ class AutoscalingVecEnv(VecEnv):
         self.step_s = 0.0  # wall time spent in steps so far
         self.terms: dict[str, npt.NDArray[np.float64]] = {}
         self.render_mode = None
+        # Made once: hundreds of dicts a step would be work for the garbage collector. Nobody writes into an info.
+        self._empty_infos: list[dict[str, Any]] = [{} for _ in range(num_envs)]
         self._action = np.zeros((num_envs, *action_space().shape), np.float32)
         super().__init__(num_envs, observation_space(), action_space())
 
@@ -67,7 +69,7 @@ class AutoscalingVecEnv(VecEnv):
         result = self.episodes.step(self._action)
         self.terms = result.terms
         features = result.observation.features
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        infos = list(self._empty_infos)
         if result.truncated.any():
             features = features.copy()
             for row in np.flatnonzero(result.truncated):

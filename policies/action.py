@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, known, most, total
+from policies.columns import any_pool, between, known, most, total
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.spec import ActionSpec
@@ -26,13 +26,13 @@ MIN_DEMAND = 1e-3
 
 def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
     """Turn outputs (n, 3) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
-    action = np.clip(known(np.asarray(action, np.float64)), -1.0, 1.0)
-    headroom = spec.headroom_reference * np.power(spec.headroom_span, action[:, 0])
-    cap = observation.batch_limit * spec.batch_cap_span ** action[:, 1][:, np.newaxis]
-    spot_share = np.clip(spec.spot_share_reference + spec.spot_share_span * action[:, 2], 0.0, 1.0)
+    outputs = between(known(np.array(action.T, np.float64)), -1.0, 1.0)
+    spans = np.array([[spec.headroom_span], [spec.batch_cap_span]])
+    headroom, cap_factor = np.power(spans, outputs[:2])
+    spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[2], 0.0, 1.0)
     return Target(
-        replicas=allocate(sustained_demand(observation), headroom, spot_share, fleet),
-        batch_cap=np.clip(np.rint(cap), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs).astype(np.int64),
+        replicas=allocate(sustained_demand(observation), spec.headroom_reference * headroom, spot_share, fleet),
+        batch_cap=_batch_cap(observation.batch_limit.T * cap_factor, fleet),
     )
 
 
@@ -46,7 +46,12 @@ def sustained_demand(observation: Observation) -> Floats:
 
 def reference_batch_cap(observation: Observation, fleet: Fleet) -> npt.NDArray[np.int64]:
     """The batch cap (n, P) of a zero output: the largest batch that meets the TPOT objective."""
-    return np.clip(np.rint(observation.batch_limit), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs).astype(np.int64)
+    return _batch_cap(observation.batch_limit.T, fleet)
+
+
+def _batch_cap(wish: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
+    """Whole caps (n, P) from a wish (P, n)."""
+    return between(np.rint(wish), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs.T).astype(np.int64).T
 
 
 def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
@@ -55,49 +60,58 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     `demand` is what each pool would need to serve everything. `spot_share` (n,) of the work goes to spot pools where
     there are both classes. What a class cannot take within its bounds spills over to the other.
     """
-    spot, on_demand = fleet.is_spot & fleet.exists, ~fleet.is_spot & fleet.exists
-    both = any_pool(spot) & any_pool(on_demand)
-    share = np.where(both, spot_share, any_pool(spot).astype(float))
-    order = np.argsort(np.where(fleet.exists, demand * fleet.usd_per_replica_s, np.inf), axis=1, kind="stable")
-
+    share = np.where(any_pool(fleet.exists > fleet.is_spot), spot_share * any_pool(fleet.is_spot), 1.0)
+    order = _cheapest_first(demand * fleet.usd_per_replica_s, fleet.exists)
     n = len(demand)
-    ranks = order * n + np.arange(n)[:, np.newaxis]  # places in an array that is stored pool by pool
+    ranks = order * n + np.arange(n)  # places in an array that is stored pool by pool
 
     def ranked(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values.T.ravel().take(ranks)
 
-    whole = np.maximum(headroom[:, np.newaxis] * ranked(demand), 1e-9)  # replicas of each pool for all the work
-    room = ranked(fleet.max_replicas).astype(float)
-    spot_ranked, on_demand_ranked = ranked(spot), ranked(on_demand)
+    whole = np.maximum(headroom * ranked(demand), 1e-9)  # replicas (P, n) of each pool for all the work
+    room = ranked(fleet.max_replicas)
+    spot_room = room * ranked(fleet.is_spot)
+    on_demand_room = room - spot_room
     # Spot first with its share; on-demand gets the rest with what spot could not take; what is left spills back.
-    added, left = _fill(np.zeros_like(whole), whole, room, spot_ranked, share)
-    added, left = _fill(added, whole, room, on_demand_ranked, 1.0 - share + left)
-    if fleet.pools > 1 and (left > 0.0).any():
-        added, _ = _fill(added, whole, room, spot_ranked, left)
-    flat = np.empty(n * fleet.pools, np.int64)
-    flat[ranks] = added
-    replicas = flat.reshape(fleet.pools, n).T
+    added, left = _fill(whole, spot_room, share)
+    rest, left = _fill(whole, on_demand_room, 1.0 - share + left)
+    added += rest
+    if (left > 0.0).any():
+        added += _fill(whole, room - added, left)[0]
+    by_pool = np.empty(n * fleet.pools)
+    by_pool[ranks] = added
+    replicas = np.maximum(by_pool.reshape(fleet.pools, n).T, fleet.min_replicas).astype(np.int64)
     # Work that rounds to nothing still needs someone to do it.
-    nobody = total(np.maximum(replicas, fleet.min_replicas)) == 0
-    rows = np.flatnonzero(nobody & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
-    replicas[rows, order[rows, 0]] = 1
-    return np.where(fleet.exists, np.clip(replicas, fleet.min_replicas, fleet.max_replicas), 0)
+    idle = total(replicas) == 0
+    if idle.any():
+        rows = np.flatnonzero(idle & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
+        replicas[rows, order[0, rows]] = np.minimum(1, fleet.max_replicas[rows, order[0, rows]])
+    return np.minimum(replicas, fleet.max_replicas)
 
 
-def _fill(replicas: Floats, whole: Floats, room: Floats, members: Bools, share: Floats) -> tuple[Floats, Floats]:
-    """Give `share` (n,) of the work to member pools in their order; replicas (n, P), and the share that did not fit.
+def _cheapest_first(price: Floats, exists: Bools) -> npt.NDArray[np.int64]:
+    """Pools (P, n) of each service by price (n, P), cheapest first; those that it does not have come last."""
+    ranked = np.where(exists, price, np.inf).T
+    if len(ranked) == 2:  # by far the most services; sorting pairs one by one costs ten times a comparison
+        second_first = (ranked[1] < ranked[0]).astype(np.int64)
+        return np.array([second_first, 1 - second_first])
+    return np.argsort(ranked, axis=0, kind="stable")
 
-    `whole` (n, P) are the replicas that each pool would need for all the work, `room` (n, P) its maximum.
+
+def _fill(whole: Floats, room: Floats, share: Floats) -> tuple[Floats, Floats]:
+    """Give `share` (n,) of the work to pools in their order, up to `room` (P, n) replicas each.
+
+    `whole` (P, n) are the replicas that each pool would need for all the work. A pool without room takes nothing.
+
+    Returns:
+        Replicas (P, n), and the share (n,) that did not fit, at least 0.
     """
-    filled = replicas.copy()
-    left = np.maximum(share, 0.0)
-    for rank in range(whole.shape[1]):
-        needed = whole[:, rank]
-        # A sliver of a replica is not worth a whole one.
-        wanted = np.ceil(left * needed - SLIVER)
-        added = np.minimum(np.maximum(wanted, 0.0), room[:, rank] - filled[:, rank])
-        added = np.where(members[:, rank], added, 0.0)
-        filled[:, rank] += added
-        left = np.maximum(left - added / needed, 0.0)
-        left = np.where(members[:, rank] & (left * needed <= SLIVER), 0.0, left)
-    return filled, left
+    # A sliver of a replica is not worth a whole one, here or elsewhere.
+    slivers = SLIVER * (room > 0)
+    replicas = []
+    left = share
+    for needed, free, sliver in zip(whole, room, slivers, strict=True):
+        added = between(np.ceil(left * needed - SLIVER), 0.0, free)
+        left = left - (added + sliver) / needed
+        replicas.append(added)
+    return np.array(replicas), np.maximum(left, 0.0)

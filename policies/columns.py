@@ -22,6 +22,12 @@ def known(values: Array, default: float = 0.0) -> Floats:
     return filled
 
 
+def measured(values: Array) -> Floats:
+    """Measurements, none of which can be negative, with NaN replaced by 0: `known` at a third of its price."""
+    filled: Floats = np.fmax(values, 0.0)
+    return filled
+
+
 def total(values: Array) -> Array:
     """Sum (n,) over the pools of (n, P)."""
     result = values[:, 0]
@@ -51,4 +57,10 @@ def most(values: Array) -> Array:
     result = values[:, 0]
     for pool in range(1, values.shape[1]):
         result = np.maximum(result, values[:, pool])
+    return result
+
+
+def between(values: Array, low: Any, high: Any) -> Array:
+    """`values` within bounds: `np.clip` without its wrappers, which cost more than the work itself."""
+    result: Array = np.minimum(np.maximum(values, low), high)
     return result

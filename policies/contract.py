@@ -80,9 +80,8 @@ class Snapshot:
 
     def blind(self) -> Bools:
         """(n,) True where what a scaling decision needs most is missing: replica counts, or any sign of load."""
-        replicas = np.isnan(self.replicas_ready + self.replicas_target + self.replicas_starting).any(axis=1)
-        load = np.isnan(self.running).any(axis=1) | (np.isnan(self.generation_tps) & np.isnan(self.arrival_rps))
-        return replicas | load
+        counts = self.replicas_ready + self.replicas_target + self.replicas_starting + self.running
+        return np.isnan(counts.T).any(axis=0) | np.isnan(np.fmax(self.generation_tps, self.arrival_rps))
 
     def row(self, index: int) -> dict[str, Any]:
         """The measurements of one service as plain numbers and lists; NaN becomes None."""
@@ -113,6 +112,7 @@ class Observation:
     """A snapshot, what it means in replicas, and the encoded features that a learned policy reads."""
 
     snapshot: Snapshot
+    blind: Bools  # (n,) see `Snapshot.blind`
     features: Features  # (n, F), see `policies.observation.FEATURES`
     demand_tokens: Floats  # (n, P) replicas of pool p that the measured token rates and the backlog need
     demand_occupancy: Floats  # (n, P) replicas of pool p that the requests in the system need

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, known, least, total
+from policies.columns import any_pool, least, total
 from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
@@ -40,12 +40,14 @@ class Decider:
         self._batch_cap = np.ones((n, fleet.pools), np.int64, order="F")
         self._changed_s = np.full(n, -np.inf)
         self._before = (self._replicas, self._batch_cap, self._changed_s)  # as they were before the last `settle`
+        self._strangers = True  # whether any target in force is unknown
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._builder.reset(rows)
         self._replicas[rows] = -1
+        self._strangers = True
         self._batch_cap[rows] = 1
         self._changed_s[rows] = -np.inf
 
@@ -90,11 +92,13 @@ class Decider:
         rows = services[:, np.newaxis]
         self._replicas = np.where(rows, replicas, self._replicas)
         self._batch_cap = np.where(rows, batch_cap, self._batch_cap)
+        self._strangers = bool((self._replicas < 0).any())
         self._changed_s = np.where(services, changed_s, self._changed_s)
 
     def release(self, services: Bools) -> None:
         """The next window says what is in force for the masked services: somebody else has set it."""
         self._replicas = np.where(services[:, np.newaxis], -1, self._replicas)
+        self._strangers = True
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All that a restarted core needs to go on as if nothing had happened: arrays with leading axis n."""
@@ -107,6 +111,7 @@ class Decider:
         self._batch_cap = np.asarray(state["batch_cap"], np.int64).copy(order="F")
         self._changed_s = np.asarray(state["changed_s"], np.float64).copy()
         self._before = (self._replicas, self._batch_cap, self._changed_s)
+        self._strangers = True
         self._builder.restore(state)
 
     def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
@@ -122,19 +127,23 @@ class Decider:
         differs = (settled.replicas != replicas) | (settled.batch_cap != batch_cap)
         moved = any_pool(differs & self.fleet.exists)
         known = least(replicas) >= 0
-        still = np.where(snapshot.blind(), Outcome.HELD, Outcome.UNCHANGED)
+        still = np.where(observation.blind, Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
 
     def _put_in_force(self, settled: Target, time_s: Floats) -> None:
         """Remember a target after `_before`."""
-        replicas, _, changed_s = self._before
-        unknown = least(replicas) < 0
-        moved = total(settled.replicas) != total(replicas)
-        self._changed_s = np.where(moved & ~unknown, time_s, changed_s)
-        # Copies: a later reset must not reach into decisions already made. What is unknown stays so.
-        self._replicas = np.where(unknown[:, np.newaxis], -1, settled.replicas)
-        self._batch_cap = settled.batch_cap.copy()
+        before, _, changed_s = self._before
+        moved = total(settled.replicas) != total(before)
+        # Copies: a later reset must not reach into decisions already made.
+        replicas = settled.replicas.copy(order="F")
+        if self._strangers:  # what is unknown stays so
+            unknown = least(before) < 0
+            moved &= ~unknown
+            replicas[unknown] = -1
+        self._changed_s = np.where(moved, time_s, changed_s)
+        self._replicas = replicas
+        self._batch_cap = settled.batch_cap.copy(order="F")
 
     def _situation(self, observation: Observation) -> Situation:
         """What the guardrails look at, as it was before the last `settle` or will be at the next."""
@@ -143,7 +152,7 @@ class Decider:
             observation=observation,
             fleet=self.fleet,
             spec=self.guardrails,
-            current=np.maximum(replicas, 0),
+            current=np.maximum(replicas, 0) if self._strangers else replicas,
             current_cap=batch_cap,
             quiet_s=observation.snapshot.time_s - changed_s,
         )
@@ -153,11 +162,12 @@ class Decider:
 
         An unknown target is what runs or starts, an unknown cap the engine's own; without replica counts, wait.
         """
+        if not self._strangers:
+            return
         running = snapshot.replicas_ready + snapshot.replicas_starting
         target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
         new = (least(self._replicas) < 0) & ~any_pool(np.isnan(target))
-        if new.any():
-            rows = new[:, np.newaxis]
-            cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
-            self._replicas = np.where(rows, known(target), self._replicas).astype(np.int64)
-            self._batch_cap = np.where(rows, cap, self._batch_cap).astype(np.int64)
+        cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
+        self._replicas[new] = target[new].astype(np.int64)
+        self._batch_cap[new] = cap[new].astype(np.int64)
+        self._strangers = bool((self._replicas < 0).any())

@@ -8,12 +8,12 @@ This module must not know about policies, I/O or wall time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import any_pool, known, total
-from policies.contract import Bools, Floats, Ints, Observation, Reason, Target, take_rows
+from policies.columns import any_pool, between, measured, total
+from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
 from policies.spec import GuardrailSpec
 
@@ -29,16 +29,23 @@ class Situation:
     current_cap: Ints  # (n, P)
     quiet_s: Floats  # (n,) since the last change of the total target
 
+    @property
+    def limits(self) -> Limits:
+        """The hard limits of all services."""
+        return Limits(self.fleet.min_replicas, self.fleet.max_replicas, self.fleet.gpus, self.spec)
+
 
 Rule = Callable[[Target, Situation], Target]
 
 
 def hold_when_blind(target: Target, situation: Situation) -> Target:
     """Missing replica counts or load: keep the target in force, replicas and caps."""
-    blind = situation.observation.snapshot.blind()[:, np.newaxis]
+    blind = situation.observation.blind
+    if not blind.any():
+        return target
     return Target(
-        replicas=np.where(blind, situation.current, target.replicas),
-        batch_cap=np.where(blind, situation.current_cap, target.batch_cap),
+        replicas=np.where(blind, situation.current.T, target.replicas.T).T,
+        batch_cap=np.where(blind, situation.current_cap.T, target.batch_cap.T).T,
     )
 
 
@@ -51,64 +58,86 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
     if not situation.spec.backlog_boost:
         return target
     late = situation.observation.snapshot.oldest_wait_s > 0.5 * situation.fleet.ttft_slo_s
-    rows = np.flatnonzero(late)
+    (rows,) = late.nonzero()
     if not len(rows):
         return target
+    fleet = situation.fleet
     replicas = target.replicas.copy()
-    replicas[rows] = _lifted(take_rows(target, rows), _of_rows(situation, rows), situation.observation.demand[rows])
+    replicas[rows] = _lifted(
+        target.replicas[rows],
+        situation.current[rows],
+        # Someone waits: at least one replica. Absent pools cover nothing.
+        np.where(fleet.exists[rows], np.maximum(situation.observation.demand[rows], 1e-3), np.inf),
+        Limits(fleet.min_replicas[rows], fleet.max_replicas[rows], fleet.gpus[rows], situation.spec),
+    )
     return Target(replicas=replicas, batch_cap=target.batch_cap)
 
 
-def _of_rows(situation: Situation, rows: Ints) -> Situation:
-    """The limits of the listed services (k,); their observation is left out of the copy."""
-    return replace(
-        situation,
-        fleet=take_rows(situation.fleet, rows),
-        current=situation.current[rows],
-        current_cap=situation.current_cap[rows],
-        quiet_s=situation.quiet_s[rows],
-    )
-
-
-def _lifted(target: Target, situation: Situation, demand: Floats) -> Ints:
+def _lifted(proposed: Ints, current: Ints, demand: Floats, limits: Limits) -> Ints:
     """Replicas (k, P) that cover the demand (k, P), and no less than in force or proposed."""
-    fleet, current = situation.fleet, situation.current
-    demand = np.maximum(demand, 1e-3)  # someone waits: at least one replica
-
-    def covered(replicas: Ints) -> Floats:
-        share: Floats = total(np.where(fleet.exists, replicas / demand, 0.0))
-        return share
-
     # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
-    growth = 1.0 / np.clip(covered(current), 1e-6, 1.0)
-    highest = np.maximum(fleet.max_replicas, current)
+    growth = 1.0 / between(total(current / demand), 1e-6, 1.0)
+    highest = np.maximum(limits.most, current)
     floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), highest).astype(np.int64)
-    for pool in range(fleet.pools):
-        missing = np.ceil((1.0 - covered(floor)) * demand[:, pool] - 1e-9)
-        floor[:, pool] += np.clip(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
-    held = np.maximum(target.replicas, current)
+    for pool in range(floor.shape[1]):
+        missing = np.ceil((1.0 - total(floor / demand)) * np.minimum(demand[:, pool], 1e9) - 1e-9)
+        floor[:, pool] += between(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
+    held = np.maximum(proposed, current)
     # A proposal counts for what the limits below will leave of it.
-    reachable = Target(held, target.batch_cap)
-    for limit in (limit_step, keep_bounds, keep_gpu_budget, keep_bounds):
-        reachable = limit(reachable, situation)
-    short = covered(reachable.replicas) < 1.0
+    reachable = limits.within_bounds(limits.within_step(held, current))
+    reachable = limits.within_bounds(limits.within_budget(reachable, current))
+    short = total(reachable / demand) < 1.0
     return np.where(short[:, np.newaxis], np.maximum(held, floor), held)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Limits:
+    """The hard limits on replicas (k, P)."""
+
+    least: Ints  # (k, P)
+    most: Ints  # (k, P)
+    gpus: Floats  # (k, P) per replica
+    spec: GuardrailSpec
+
+    def within_step(self, replicas: Ints, current: Ints) -> Ints:
+        """No further from what is in force than one tick may go."""
+        spec = self.spec
+        highest = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
+        lowest = current - np.maximum(np.ceil(current * spec.max_scale_down_share), 1.0)
+        return between(replicas, lowest, highest).astype(np.int64)
+
+    def within_bounds(self, replicas: Ints) -> Ints:
+        """Between minimum and maximum."""
+        return between(replicas, self.least, self.most)
+
+    def within_budget(self, replicas: Ints, current: Ints) -> Ints:
+        """First everything in force is kept, then pools grow in their order until the GPU budget is spent."""
+        if self.spec.gpu_budget is None:
+            return replicas
+        kept = np.minimum(replicas, current)
+        free = self.spec.gpu_budget - total(kept * self.gpus)
+        settled = kept.copy()
+        for pool in range(settled.shape[1]):
+            gpus = np.maximum(self.gpus[:, pool], 1.0)
+            grown = np.minimum(replicas[:, pool] - kept[:, pool], np.floor(np.maximum(free, 0.0) / gpus))
+            settled[:, pool] += grown.astype(np.int64)
+            free = free - grown * gpus
+        return settled
 
 
 def hold_down_while_burning(target: Target, situation: Situation) -> Target:
     """The last window missed its objectives more often than allowed, or nobody knows: no scale-down.
 
     Latencies are unknown in a window without a first token; that counts as burning only while requests wait, at the
-    gateway or in the engines.
+    gateway or in the engines, or nobody knows whether they do.
     """
     if not situation.spec.hold_down_while_burning:
         return target
     snapshot, fleet = situation.observation.snapshot, situation.fleet
     attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
-    waiting = known(snapshot.queue_requests, 1.0) + total(known(snapshot.waiting))
-    unknown = np.isnan(snapshot.ttft_attainment) & (waiting > 0)
-    burning = (attained < fleet.attainment_target) | unknown
-    return _no_less(target, situation, burning)
+    nobody_waits = snapshot.queue_requests + total(measured(snapshot.waiting)) <= 0
+    unknown = np.isnan(snapshot.ttft_attainment) & ~nobody_waits
+    return _no_less(target, situation, (attained < fleet.attainment_target) | unknown)
 
 
 def hold_down_while_starting(target: Target, situation: Situation) -> Target:
@@ -120,13 +149,7 @@ def hold_down_while_starting(target: Target, situation: Situation) -> Target:
 
 def limit_step(target: Target, situation: Situation) -> Target:
     """A bounded change per tick, up and down, per pool."""
-    spec, current = situation.spec, situation.current
-    most = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
-    least = current - np.maximum(np.ceil(current * spec.max_scale_down_share), 1.0)
-    return Target(
-        replicas=np.clip(target.replicas, least, most).astype(np.int64),
-        batch_cap=target.batch_cap,
-    )
+    return Target(situation.limits.within_step(target.replicas, situation.current), target.batch_cap)
 
 
 def cool_down(target: Target, situation: Situation) -> Target:
@@ -136,27 +159,14 @@ def cool_down(target: Target, situation: Situation) -> Target:
 
 def keep_gpu_budget(target: Target, situation: Situation) -> Target:
     """Growth stops at the GPU budget: first everything in force is kept, then pools grow in their order."""
-    budget = situation.spec.gpu_budget
-    if budget is None:
-        return target
-    fleet = situation.fleet
-    kept = np.minimum(target.replicas, situation.current)
-    free = budget - total(kept * fleet.gpus)
-    settled = kept.copy()
-    for pool in range(fleet.pools):
-        gpus = np.maximum(fleet.gpus[:, pool], 1.0)
-        grown = np.minimum(target.replicas[:, pool] - kept[:, pool], np.floor(np.maximum(free, 0.0) / gpus))
-        settled[:, pool] += grown.astype(np.int64)
-        free = free - grown * gpus
-    return Target(replicas=settled, batch_cap=target.batch_cap)
+    return Target(situation.limits.within_budget(target.replicas, situation.current), target.batch_cap)
 
 
 def keep_bounds(target: Target, situation: Situation) -> Target:
     """Minimum and maximum replicas; batch caps between 1 and the engine's own limit."""
-    fleet = situation.fleet
     return Target(
-        replicas=np.clip(target.replicas, fleet.min_replicas, fleet.max_replicas),
-        batch_cap=np.clip(target.batch_cap, 1, fleet.max_num_seqs).astype(np.int64),
+        replicas=situation.limits.within_bounds(target.replicas),
+        batch_cap=between(target.batch_cap, 1, situation.fleet.max_num_seqs).astype(np.int64),
     )
 
 
@@ -167,8 +177,8 @@ RULES: tuple[tuple[Reason, Rule], ...] = (
     (Reason.COOLDOWN, cool_down),
     (Reason.STEP_LIMIT, limit_step),
     (Reason.MISSING_METRICS, hold_when_blind),
-    (Reason.BOUNDS, keep_bounds),  # the budget is shared out among what the pools may really have
-    (Reason.GPU_BUDGET, keep_gpu_budget),
+    (Reason.BOUNDS, keep_bounds),
+    (Reason.GPU_BUDGET, keep_gpu_budget),  # shared out among what the pools may really have
     (Reason.BOUNDS, keep_bounds),
 )
 """The rules in the order of their application. Only the hard limits come after the hold of a blind tick."""
@@ -176,15 +186,21 @@ RULES: tuple[tuple[Reason, Rule], ...] = (
 
 def settle(target: Target, situation: Situation) -> tuple[Target, Ints]:
     """Apply every rule; the settled target and (n,) flags of `Reason` for the rules that changed something."""
-    reasons = np.zeros(len(target), np.int64)
-    for reason, rule in RULES:
+    # Without a budget nothing comes between the bounds and themselves.
+    rules = RULES if situation.spec.gpu_budget is not None else RULES[:-2]
+    reasons, replicas = [], [target.replicas.T]
+    capped = np.zeros(len(target), np.int64)
+    for reason, rule in rules:
         settled = rule(target, situation)
         if settled.replicas is not target.replicas:
-            reasons |= np.where(any_pool(settled.replicas != target.replicas), int(reason), 0)
+            reasons.append([int(reason)])
+            replicas.append(settled.replicas.T)
         if settled.batch_cap is not target.batch_cap:
-            reasons |= np.where(any_pool(settled.batch_cap != target.batch_cap), int(reason), 0)
+            capped |= any_pool(settled.batch_cap != target.batch_cap) * int(reason)
         target = settled
-    return target, reasons
+    steps = np.array(replicas)
+    changed = any_pool(steps[1:] != steps[:-1])  # (rules, n)
+    return target, np.bitwise_or.reduce(changed * np.array(reasons), axis=0) | capped
 
 
 def _no_less(target: Target, situation: Situation, rows: Bools) -> Target:

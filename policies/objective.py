@@ -86,9 +86,12 @@ class Objective:
 
     def pool_usd(self, usage: Usage) -> Floats:
         """(n, P) GPU dollars by pool, without overhead."""
+        by_replica = usage.replica_s * self.fleet.usd_per_replica_s
+        if not self.bill_per_node.any():
+            return by_replica
         per_gpu_s = self.fleet.usd_per_replica_s / np.maximum(self.fleet.gpus, 1.0)
         by_node = usage.node_s * self.node_gpus * per_gpu_s
-        return np.where(self.bill_per_node, by_node, usage.replica_s * self.fleet.usd_per_replica_s)
+        return np.where(self.bill_per_node, by_node, by_replica)
 
     def cost(self, usage: Usage, request_usd: Floats, interval_s: float, missed: Floats | None = None) -> Cost:
         """Price a span of usage.

@@ -7,23 +7,25 @@ This module must not know about any particular policy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, known, least, most, total
+from policies.columns import any_pool, between, least, measured, most, total
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
-from policies.demand import Demand, RequestMix, RunningContext, estimate_demand
+from policies.demand import Demand, RequestMix, estimate_demand
 from policies.fleet import Fleet
 from policies.spec import WindowSpec
 
 MEMORIES_S = (60.0, 300.0, 1800.0)
-"""Time constants of the demand means."""
+"""Time constants of the demand means; the second one is also that of the variation and of the miss rate."""
 PEAK_MEMORY_S = 900.0
 """Decay of the remembered demand peak."""
-MISS_MEMORY_S = 300.0
+SCALING_MEMORY_S = 120.0
+"""Decay of the remembrance of a scale-up or scale-down."""
 MISSING_STREAK = 10.0
 
 FEATURES: tuple[str, ...] = (
@@ -75,12 +77,45 @@ STATIC_FEATURES = (
     "log_miss_price",
     "log_allowed_miss_rate",
 )
-_COLUMN = {name: column for column, name in enumerate(FEATURES)}
-_STATIC_ROWS = [_COLUMN[name] for name in STATIC_FEATURES]
+LOGS = (
+    "log_demand_tokens_over_provisioned",
+    "log_demand_occupancy_over_provisioned",
+    "log_demand_over_mean_60s",
+    "log_mean_60s_over_mean_300s",
+    "log_mean_300s_over_mean_1800s",
+    "log_peak_over_mean_300s",
+    "batch_cap_over_limit",
+    "log_recent_miss_rate_over_allowed",
+    "log_request_seconds",
+)
+"""Features that are the natural log of a ratio, within -4..4."""
+LEAST_RATIO, GREATEST_RATIO = math.exp(-4.0), math.exp(4.0)
+AT_MOST = {
+    "demand_variation_300s": 3.0,
+    "log_provisioned": 4.0,
+    "provisioned_over_maximum": 2.0,
+    "ready_over_provisioned": 1.0,
+    "starting_soon_over_provisioned": 2.0,
+    "starting_mid_over_provisioned": 2.0,
+    "starting_late_over_provisioned": 2.0,
+    "draining_over_provisioned": 2.0,
+    "spot_share_of_capacity": 1.0,
+    "queue_over_limit": 4.0,
+    "oldest_wait_over_ttft_slo": 4.0,
+    "occupancy_of_cap": 1.5,
+    "kv_cache_usage": 1.0,
+    "limit_over_max_num_seqs": 1.0,
+    "blind_streak": 1.0,
+    "prefill_share_of_work": 1.0,
+}
+"""Upper limits of the features that are no logs."""
+_LOG_ROWS = [FEATURES.index(name) for name in LOGS]
+_AT_MOST = np.array([[AT_MOST.get(name, np.inf)] for name in FEATURES], np.float32)
+_DECAY_S = np.array([*MEMORIES_S, PEAK_MEMORY_S, SCALING_MEMORY_S])[:, np.newaxis]
 
 
-def _log(ratio: Floats, limit: float = 4.0) -> Floats:
-    return np.clip(np.log(np.maximum(ratio, 1e-6)), -limit, limit)
+def _log(ratio: Floats) -> Floats:
+    return np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
 
 
 def encode_miss_price(log_miss_price: Floats) -> Floats:
@@ -101,61 +136,62 @@ class ObservationBuilder:
         self.fleet = fleet
         self.window = window
         self._mix = RequestMix(n)
-        self._context = RunningContext(n)
-        self._means = np.full((len(MEMORIES_S), n), np.nan)
+        # The services are the last axis of every memory.
+        self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known
+        self._means = np.full((len(MEMORIES_S), fleet.pools, n), np.nan)
         self._variance = np.zeros(n)
         self._peak = np.zeros(n)
-        self._misses = np.zeros(n)
-        self._latency = np.zeros((2, n))
+        self._miss_rate = np.zeros((2, n))  # last known, of TTFT and TPOT
+        self._recent_misses = np.zeros(n)
         self._blind_streak = np.zeros(n)
         self._last_target = np.full(n, np.nan)
-        self._since_up_s = np.full(n, 1e6)
-        self._since_down_s = np.full(n, 1e6)
-        self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known; services last
-        self._demand_mean = np.full((fleet.pools, n), np.nan)
+        self._recent_scaling = np.zeros((2, n))  # up and down: 1 at the event, fading
         self._static = _static_features(fleet)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the history of the masked services, of all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._mix.reset(rows)
-        self._context.reset(rows)
-        self._means[:, rows] = np.nan
-        for history in (self._variance, self._peak, self._misses, self._blind_streak):
-            history[rows] = 0.0
-        self._latency[:, rows] = 0.0
-        self._demand[..., rows] = np.nan
-        self._demand_mean[:, rows] = np.nan
+        for unknown in (self._demand, self._means, self._last_target):
+            unknown[..., rows] = np.nan
+        for history in (
+            self._variance,
+            self._peak,
+            self._miss_rate,
+            self._recent_misses,
+            self._blind_streak,
+            self._recent_scaling,
+        ):
+            history[..., rows] = 0.0
         self._static = _static_features(self.fleet)
-        self._last_target[rows] = np.nan
-        self._since_up_s[rows] = 1e6
-        self._since_down_s[rows] = 1e6
 
     def observe(self, snapshot: Snapshot) -> Observation:
         """Encode one window. Must be called exactly once per tick and snapshot."""
-        fleet = self.fleet
-        self._mix.update(snapshot)
-        self._context.update(snapshot, fleet)
-        # In a blind window the last known demand stands.
+        self._mix.update(snapshot, self.fleet)
         blind = snapshot.blind()
-        new = np.stack([estimate.T for estimate in estimate_demand(snapshot, fleet, self._mix, self._context.tokens)])
-        used = np.where(blind & ~np.isnan(self._demand), self._demand, new)
-        self._demand = np.where(blind, self._demand, new)
-        demand = Demand(*used.transpose(0, 2, 1))
-        larger = np.maximum(demand.tokens, demand.occupancy)
-        share = 1.0 - np.exp(-known(snapshot.window_s) / MEMORIES_S[1])
-        moved = self._demand_mean + share * (larger.T - self._demand_mean)
-        self._demand_mean = np.where(np.isnan(moved), larger.T, moved)
-        self._remember(snapshot, larger[:, 0], blind)
-        features = self._encode(snapshot, demand, larger)
+        new = np.array([estimate.T for estimate in estimate_demand(snapshot, self.fleet, self._mix)])
+        if blind.any():
+            # In a blind window the last known demand stands.
+            used = np.where(blind & ~np.isnan(self._demand), self._demand, new)
+            self._demand = np.where(blind, self._demand, new)
+        else:
+            used = self._demand = new
+        larger = np.maximum(used[0], used[1])
+        self._remember(snapshot, larger, blind)
+        features = self._encode(snapshot, used, larger)
+        tokens, occupancy, batch_limit = used
+        demand_mean = self._means[1]
+        if blind.any():
+            demand_mean = np.where(np.isnan(demand_mean), larger, demand_mean)
         return Observation(
             snapshot=snapshot,
+            blind=blind,
             features=features,
-            demand_tokens=demand.tokens,
-            demand_occupancy=demand.occupancy,
-            demand=larger,
-            demand_mean=self._demand_mean.T,
-            batch_limit=demand.batch_limit,
+            demand_tokens=tokens.T,
+            demand_occupancy=occupancy.T,
+            demand=larger.T,
+            demand_mean=demand_mean.T,
+            batch_limit=batch_limit.T,
         )
 
     def observe_rows(self, snapshot: Snapshot, rows: Ints) -> Observation:
@@ -171,7 +207,6 @@ class ObservationBuilder:
             if isinstance(history, np.ndarray):
                 history[..., rows] = getattr(fresh, name)
         self._mix.adopt(fresh._mix, rows)
-        self._context.adopt(fresh._context, rows)
         return observation
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -185,7 +220,7 @@ class ObservationBuilder:
 
     def _histories(self) -> list[tuple[str, str, npt.NDArray[Any]]]:
         """Every array that changes from tick to tick, services last."""
-        parts = {"observation": self, "mix": self._mix, "context": self._context}
+        parts = {"observation": self, "mix": self._mix}
         return [
             (part, name.lstrip("_"), array)
             for part, owner in parts.items()
@@ -193,101 +228,102 @@ class ObservationBuilder:
             if isinstance(array, np.ndarray) and name != "_static"
         ]
 
-    def _remember(self, snapshot: Snapshot, first: Floats, blind: Bools) -> None:
-        """Update the memories; `first` (n,) is the demand in replicas of each service's first pool."""
-        interval_s = known(snapshot.window_s)
-        self._blind_streak = np.where(blind, self._blind_streak + 1.0, 0.0)
-        for row, memory_s in enumerate(MEMORIES_S):
-            old = self._means[row]
-            share = 1.0 - np.exp(-interval_s / memory_s)
-            moved = old + share * (first - old)
-            self._means[row] = np.where(blind, old, np.where(np.isnan(old), first, moved))
-        share = 1.0 - np.exp(-interval_s / MEMORIES_S[1])
-        spread = (first - self._means[1]) ** 2
-        self._variance = np.where(blind, self._variance, self._variance + share * (spread - self._variance))
-        self._peak = np.where(blind, self._peak, np.maximum(first, self._peak * np.exp(-interval_s / PEAK_MEMORY_S)))
+    def _remember(self, snapshot: Snapshot, demand: Floats, blind: Bools) -> None:
+        """Update the memories; `demand` (P, n) is in replicas."""
+        decay = np.exp(measured(snapshot.window_s) / -_DECAY_S)
+        share = 1.0 - decay[: len(MEMORIES_S)]
+        first, share_300 = demand[0], share[1]
+        moved = self._means + share[:, np.newaxis] * (demand - self._means)
+        means = np.where(np.isnan(moved), demand, moved)
+        spread = first - means[1, 0]
+        variance = self._variance + share_300 * (spread * spread - self._variance)
+        peak = np.maximum(first, self._peak * decay[3])
+        self._blind_streak = (self._blind_streak + 1.0) * blind
+        if blind.any():
+            for new, old in ((means, self._means), (variance, self._variance), (peak, self._peak)):
+                new[..., blind] = old[..., blind]
+        self._means, self._variance, self._peak = means, variance, peak
 
-        ttft_miss = 1.0 - snapshot.ttft_attainment
-        tpot_miss = 1.0 - snapshot.tpot_attainment
-        for row, miss in enumerate((ttft_miss, tpot_miss)):
-            self._latency[row] = np.where(np.isnan(miss), self._latency[row], miss)
-        worst = np.fmax(ttft_miss, tpot_miss)
-        share = 1.0 - np.exp(-interval_s / MISS_MEMORY_S)
-        self._misses = np.where(np.isnan(worst), self._misses, self._misses + share * (worst - self._misses))
+        missed = 1.0 - np.array([snapshot.ttft_attainment, snapshot.tpot_attainment])
+        self._miss_rate = np.where(np.isnan(missed), self._miss_rate, missed)
+        moved = self._recent_misses + share_300 * (np.fmax(missed[0], missed[1]) - self._recent_misses)
+        self._recent_misses = np.where(np.isnan(moved), self._recent_misses, moved)
 
         wanted = total(snapshot.replicas_target)
-        up, down = wanted > self._last_target, wanted < self._last_target
-        self._since_up_s = np.where(up, 0.0, self._since_up_s + interval_s)
-        self._since_down_s = np.where(down, 0.0, self._since_down_s + interval_s)
+        change = wanted - self._last_target
+        self._recent_scaling = np.where(np.array([change > 0, change < 0]), 1.0, self._recent_scaling * decay[4])
         self._last_target = np.where(np.isnan(wanted), self._last_target, wanted)
 
-    def _encode(self, snapshot: Snapshot, demand: Demand, needs: Floats) -> Features:
-        tokens, occupancy, batch_limit = demand
-        first = needs[:, 0]
+    def _encode(self, snapshot: Snapshot, estimates: Floats, demand: Floats) -> Features:
+        """Features (n, F) from the `estimates` (3, P, n) of a `Demand` and the larger `demand` (P, n)."""
         fleet = self.fleet
-        ready = known(snapshot.replicas_ready)
-        starting = known(snapshot.replicas_starting)
-        provisioned = total(ready + starting)
-        base = np.maximum(provisioned, 0.5)
-        # The same in replicas of the first pool, the unit of the demand.
-        worth = np.divide(needs[:, :1], needs, out=np.ones_like(needs), where=needs > 1e-6)
-        capacity = np.maximum(total((ready + starting) * worth), 0.5)
-        maximum = np.maximum(total(fleet.max_replicas), 1)
-        boot = total(known(snapshot.boot_pipeline))
-        spot = total(np.where(fleet.is_spot, ready + starting, 0.0))
-        mean_60, mean_300, mean_1800 = np.fmax(self._means, 1e-3)
-        limit = batch_limit[:, 0]
-        cap = known(snapshot.batch_cap[:, 0], 1.0)
-        running = total(known(snapshot.running))
-        queue = known(snapshot.queue_requests) + total(known(snapshot.waiting))
-        ready_sum = total(ready)
-        ready_all = np.maximum(ready_sum, 0.5)
-        allowed = 1.0 - fleet.attainment_target
-        decode_s = known(snapshot.generation_tps) * (fleet.a[:, 0] / limit + fleet.c[:, 0])
-        prefill_s = known(snapshot.prefill_tps) * fleet.b[:, 0]
-        output = known(self._mix.output_tokens, 200.0)
-        row = _COLUMN
-        encoded = np.empty((len(FEATURES), len(fleet)))
-        ratios = (
-            ("log_demand_tokens_over_provisioned", tokens[:, 0] / capacity),
-            ("log_demand_occupancy_over_provisioned", occupancy[:, 0] / capacity),
-            ("log_demand_over_mean_60s", np.maximum(first, 1e-3) / mean_60),
-            ("log_mean_60s_over_mean_300s", mean_60 / mean_300),
-            ("log_mean_300s_over_mean_1800s", mean_300 / mean_1800),
-            ("log_peak_over_mean_300s", np.maximum(self._peak, 1e-3) / mean_300),
-            ("batch_cap_over_limit", cap / limit),
-            ("log_recent_miss_rate_over_allowed", (self._misses + 0.1 * allowed) / allowed),
-            ("log_request_seconds", output * fleet.tpot_slo_s / 10.0),
+        tokens, occupancy, limit = estimates[:, 0]
+        first = demand[0]
+        by_pool = measured(
+            np.array(
+                [
+                    snapshot.replicas_ready.T,
+                    snapshot.replicas_starting.T,
+                    snapshot.replicas_draining.T,
+                    snapshot.running.T,
+                    snapshot.waiting.T,
+                    *snapshot.boot_pipeline.transpose(2, 1, 0),
+                ]
+            )
         )
-        logs = _log(np.array([ratio for _, ratio in ratios]))
-        for (name, _), values in zip(ratios, logs, strict=True):
-            encoded[row[name]] = values
-        for name, values, limit_at in (
-            ("demand_variation_300s", np.sqrt(self._variance) / mean_300, 3.0),
-            ("log_provisioned", 0.5 * np.log1p(provisioned), 4.0),
-            ("provisioned_over_maximum", provisioned / maximum, 2.0),
-            ("ready_over_provisioned", ready_sum / base, 1.0),
-            ("starting_soon_over_provisioned", boot[:, 0] / base, 2.0),
-            ("starting_mid_over_provisioned", boot[:, 1] / base, 2.0),
-            ("starting_late_over_provisioned", boot[:, 2] / base, 2.0),
-            ("draining_over_provisioned", total(known(snapshot.replicas_draining)) / base, 2.0),
-            ("spot_share_of_capacity", spot / base, 1.0),
-            ("queue_over_limit", np.log1p(queue / (limit * ready_all)), 4.0),
-            ("oldest_wait_over_ttft_slo", known(snapshot.oldest_wait_s) / fleet.ttft_slo_s, 4.0),
-            ("occupancy_of_cap", running / np.maximum(cap * ready_all, 1.0), 1.5),
-            ("kv_cache_usage", most(known(np.where(fleet.exists, snapshot.kv_cache_usage, 0.0))), 1.0),
-            ("limit_over_max_num_seqs", limit / fleet.max_num_seqs[:, 0], 1.0),
-            ("blind_streak", self._blind_streak / MISSING_STREAK, 1.0),
-            ("prefill_share_of_work", prefill_s / np.maximum(prefill_s + decode_s, 1e-9), 1.0),
-        ):
-            np.minimum(values, limit_at, out=encoded[row[name]])
-        encoded[row["ttft_miss_rate"]] = self._latency[0]
-        encoded[row["tpot_miss_rate"]] = self._latency[1]
-        encoded[row["latency_unknown"]] = np.isnan(snapshot.ttft_attainment)
-        encoded[row["since_scale_up"]] = np.exp(-self._since_up_s / 120.0)
-        encoded[row["since_scale_down"]] = np.exp(-self._since_down_s / 120.0)
-        encoded[_STATIC_ROWS] = self._static
-        return np.ascontiguousarray(encoded.T, np.float32)
+        held = by_pool[0] + by_pool[1]  # (P, n) ready or on their way
+        ready, starting, draining, running, waiting, *boot = total(by_pool)
+        queue, oldest_wait_s, generation_tps, prefill_tps = measured(
+            np.array([snapshot.queue_requests, snapshot.oldest_wait_s, snapshot.generation_tps, snapshot.prefill_tps])
+        )
+        provisioned = ready + starting
+        # Shares of the fleet; half a replica stands for none.
+        shares = np.array([ready, *boot, draining, total((held * fleet.is_spot.T).T)]) / np.maximum(provisioned, 0.5)
+        # The same in replicas of the first pool, the unit of the demand.
+        worth = np.maximum(first, 1e-6) / np.maximum(demand, 1e-6)
+        capacity = np.maximum(total((held * worth).T), 0.5)
+        mean_60, mean_300, mean_1800 = np.fmax(self._means[:, 0], 1e-3)
+        cap = np.fmax(snapshot.batch_cap[:, 0], 1.0)
+        servers = np.maximum(ready, 0.5)
+        allowed = 1.0 - fleet.attainment_target
+        decode_s = generation_tps * (fleet.a[:, 0] / limit + fleet.c[:, 0])
+        prefill_s = prefill_tps * fleet.b[:, 0]
+        values = dict(zip(STATIC_FEATURES, self._static, strict=True))
+        values |= {
+            "log_demand_tokens_over_provisioned": tokens / capacity,
+            "log_demand_occupancy_over_provisioned": occupancy / capacity,
+            "log_demand_over_mean_60s": np.maximum(first, 1e-3) / mean_60,
+            "log_mean_60s_over_mean_300s": mean_60 / mean_300,
+            "log_mean_300s_over_mean_1800s": mean_300 / mean_1800,
+            "log_peak_over_mean_300s": np.maximum(self._peak, 1e-3) / mean_300,
+            "demand_variation_300s": np.sqrt(self._variance) / mean_300,
+            "log_provisioned": 0.5 * np.log1p(provisioned),
+            "provisioned_over_maximum": provisioned / np.maximum(total(fleet.max_replicas), 1),
+            "ready_over_provisioned": shares[0],
+            "starting_soon_over_provisioned": shares[1],
+            "starting_mid_over_provisioned": shares[2],
+            "starting_late_over_provisioned": shares[3],
+            "draining_over_provisioned": shares[4],
+            "spot_share_of_capacity": shares[5],
+            "queue_over_limit": np.log1p((queue + waiting) / (limit * servers)),
+            "oldest_wait_over_ttft_slo": oldest_wait_s / fleet.ttft_slo_s,
+            "occupancy_of_cap": running / np.maximum(cap * servers, 1.0),
+            "kv_cache_usage": most(measured(snapshot.kv_cache_usage)),
+            "batch_cap_over_limit": cap / limit,
+            "limit_over_max_num_seqs": limit / fleet.max_num_seqs[:, 0],
+            "ttft_miss_rate": self._miss_rate[0],
+            "tpot_miss_rate": self._miss_rate[1],
+            "log_recent_miss_rate_over_allowed": (self._recent_misses + 0.1 * allowed) / allowed,
+            "latency_unknown": np.isnan(snapshot.ttft_attainment),
+            "blind_streak": self._blind_streak / MISSING_STREAK,
+            "prefill_share_of_work": prefill_s / np.maximum(prefill_s + decode_s, 1e-9),
+            "log_request_seconds": self._mix.lengths()[1] * (0.1 * fleet.tpot_slo_s),
+            "since_scale_up": self._recent_scaling[0],
+            "since_scale_down": self._recent_scaling[1],
+        }
+        encoded = np.array([values[name] for name in FEATURES], np.float32)
+        encoded[_LOG_ROWS] = _log(encoded[_LOG_ROWS])
+        return np.minimum(encoded, _AT_MOST).T.copy()
 
 
 def _static_features(fleet: Fleet) -> Floats:

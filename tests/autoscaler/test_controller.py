@@ -307,7 +307,8 @@ def test_the_controller_decides_as_a_training_episode_with_zero_actions() -> Non
     seen = [episodes.reset(stagger=False).snapshot]
     service = episodes.cluster.arrays.service[0]
     origin_s = float(service["origin_s"])
-    rows = slice(*episodes.bank.library.rows(0, origin_s, origin_s + episodes.length_s))
+    span_s = np.array([[origin_s], [origin_s + episodes.length_s]])
+    rows = slice(*episodes.bank.library.rows(np.array([0]), span_s).ravel())
     initial = int(seen[0].replicas_target[0, 0])
     seen += [episodes.step(np.zeros((1, 3))).observation.snapshot for _ in range(steps)]
     cut = Trace.from_arrays(

@@ -29,7 +29,7 @@ from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, load_bundle
 from policies.spec import GuardrailSpec, InterfaceSpec, ObjectiveSpec, PoolSpec, ScalingSpec, Slo, shipped_configs
-from tests.benchmarks import live_edges
+from tests.benchmarks import live, live_edges
 
 REQUESTS = 200_000
 ENVS = 512
@@ -66,6 +66,7 @@ def figures() -> Iterator[tuple[str, float, str]]:
             p50, p99 = decision(kind, n)
             yield f"decision_{kind}_p50_ms_n{n}", p50 * 1e3, "ms"
             yield f"decision_{kind}_p99_ms_n{n}", p99 * 1e3, "ms"
+    yield from live.figures()
     yield from live_edges.figures()
 
 
@@ -131,7 +132,7 @@ def twenty_requests_a_step() -> ScenarioBank:
         trace_s=2 * 3600.0,
         profiles={"chat": 1.0},
         engines=("llama-3.1-70b-h100-tp4",),
-        mean_replicas=(0.25, 0.4),
+        mean_replicas=(0.1, 0.18),
         max_replicas=8,
     )
     return draw_bank(ranges, InterfaceSpec(), GuardrailSpec(), ObjectiveSpec(), 0)

@@ -47,7 +47,12 @@ def test_traces_lie_end_to_end_each_from_its_own_time_zero(library: RequestLibra
 def test_rows_of_a_time_slice_are_those_of_its_own_trace(
     library: RequestLibrary, trace: int, start_s: float, end_s: float, rows: tuple[int, int]
 ) -> None:
-    assert library.rows(trace, start_s, end_s) == rows
+    found = library.rows(np.array([trace]), np.array([[start_s], [end_s]]))
+    assert found.ravel().tolist() == list(rows)
+
+
+def test_rows_of_many_slices_are_found_at_once(library: RequestLibrary) -> None:
+    assert library.rows(np.array([0, 1, 2, 0]), np.array([1.5, 3.0, 2.6, 99.0])).tolist() == [3, 4, 6, 4]
 
 
 def test_totals_count_requests_and_tokens_and_at_least_one_computed_token_each(library: RequestLibrary) -> None:

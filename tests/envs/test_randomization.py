@@ -142,7 +142,7 @@ def test_a_joined_bank_adds_scenarios_on_their_own_traces() -> None:
     assert joined.trace.tolist() == [*bank().trace.tolist(), 6]
     assert joined.specs[:60] == bank().specs
     assert joined.specs[60] == spec.model_copy(update={"guardrails": GuardrailSpec()})
-    first, end = joined.library.rows(6, 0.0, 10.0)
+    first, end = joined.library.rows(np.array([6]), np.array([[0.0], [10.0]])).ravel()
     assert joined.library.prompt_tokens[first:end].tolist() == [10, 20]
 
 

@@ -136,6 +136,7 @@ def observation(seen: Snapshot, demand: npt.ArrayLike = 1.0, batch_limit: npt.Ar
     features = np.zeros((shape[0], len(FEATURES)), np.float32)
     return Observation(
         snapshot=seen,
+        blind=seen.blind(),
         features=features,
         demand_tokens=wanted,
         demand_occupancy=wanted.copy(),

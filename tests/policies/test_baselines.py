@@ -43,6 +43,7 @@ def row_of(seen: Observation, row: int, pools: int) -> Observation:
     pool_arrays = ("demand_tokens", "demand_occupancy", "demand", "demand_mean", "batch_limit")
     return Observation(
         snapshot=rows_of(seen.snapshot, row, pools),
+        blind=seen.blind[at],
         features=seen.features[at],
         **{name: getattr(seen, name)[at, :pools] for name in pool_arrays},
     )

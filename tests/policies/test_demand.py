@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from fakes import engine, fleet, missing, pool, snapshot, snapshots
 from hypothesis import given, settings
 
 from policies.contract import Snapshot
-from policies.demand import Demand, RequestMix, RunningContext, estimate_demand
+from policies.demand import Demand, RequestMix, estimate_demand
 from policies.engine import StepModel
 from policies.fleet import Fleet
 
@@ -24,7 +25,8 @@ PREFILL_S = 1e-4
 
 def demand_of(seen: Snapshot, services: Fleet = ONE, mix: RequestMix | None = None) -> Demand:
     memory = mix or RequestMix(len(services))
-    memory.update(seen)
+    # The context is that of finished requests here: what running ones hold was not measured.
+    memory.update(replace(seen, kv_cache_usage=np.full_like(seen.kv_cache_usage, np.nan)), services)
     return estimate_demand(seen, services, memory)
 
 
@@ -77,7 +79,9 @@ def test_prefills_without_decodes_shrink_the_batch_only_so_far() -> None:
 
 
 def test_batch_limit_fits_the_kv_cache() -> None:
-    assert demand_of(snapshot(), fleet(pool(engine=engine(kv_capacity_tokens=2000)))).batch_limit[0, 0] == 10.0
+    assert demand_of(snapshot(), fleet(pool(engine=engine(kv_capacity_tokens=2000)))).batch_limit[
+        0, 0
+    ] == pytest.approx(10.0)
 
 
 def test_batch_limit_is_at_least_one_even_if_the_pace_cannot_be_met() -> None:
@@ -170,49 +174,50 @@ def test_slower_pool_needs_more_replicas_and_an_absent_one_none() -> None:
 
 def test_mix_is_remembered_through_windows_without_a_finish() -> None:
     mix = RequestMix(1)
-    mix.update(snapshot())
+    mix.update(snapshot(), ONE)
     for _ in range(10):
-        mix.update(snapshot(finished_rps=0.0, prompt_tokens_mean=np.nan, output_tokens_mean=np.nan))
-    assert (mix.prompt_tokens.tolist(), mix.output_tokens.tolist()) == ([100.0], [200.0])
+        mix.update(snapshot(finished_rps=0.0, prompt_tokens_mean=np.nan, output_tokens_mean=np.nan), ONE)
+    assert mix.lengths() == pytest.approx(np.array([[100.0], [200.0]]))
 
 
 def test_mix_weighs_windows_by_finished_requests() -> None:
     mix = RequestMix(1)
-    mix.update(snapshot(window_s=1e-6, finished_rps=3e6))
-    mix.update(snapshot(window_s=1e-6, finished_rps=1e6, prompt_tokens_mean=500.0, output_tokens_mean=600.0))
-    assert mix.prompt_tokens == pytest.approx([200.0])
-    assert mix.output_tokens == pytest.approx([300.0])
+    mix.update(snapshot(window_s=1e-6, finished_rps=3e6), ONE)
+    mix.update(snapshot(window_s=1e-6, finished_rps=1e6, prompt_tokens_mean=500.0, output_tokens_mean=600.0), ONE)
+    assert mix.lengths() == pytest.approx(np.array([[200.0], [300.0]]))
 
 
 def test_mix_forgets_in_about_ten_minutes() -> None:
     mix = RequestMix(1)
-    mix.update(snapshot())
-    mix.update(snapshot(window_s=600.0, finished_rps=2 * 15 / 600, prompt_tokens_mean=500.0))
+    mix.update(snapshot(), ONE)
+    mix.update(snapshot(window_s=600.0, finished_rps=2 * 15 / 600, prompt_tokens_mean=500.0), ONE)
     weight = np.exp(-1.0)
-    assert mix.prompt_tokens == pytest.approx([(100 * weight + 500) / (weight + 1)])
+    assert mix.lengths()[0] == pytest.approx([(100 * weight + 500) / (weight + 1)])
 
 
 def test_mix_of_a_reset_service_is_new_and_others_stay() -> None:
+    services = fleet(n=2)
     mix = RequestMix(2)
-    mix.update(snapshot(n=2, prefill_tps=50.0))
+    mix.update(snapshot(n=2, prefill_tps=50.0), services)
     mix.reset(np.array([True, False]))
-    assert np.isnan(mix.prompt_tokens).tolist() == [True, False]
-    assert mix.uncached.tolist() == [1.0, 0.25]
-    mix.update(snapshot(n=2, prompt_tokens_mean=500.0, prefill_tps=[500.0, 100.0]))
-    assert mix.prompt_tokens[0] == 500.0
-    assert 100.0 < mix.prompt_tokens[1] < 500.0
-    assert mix.uncached[0] == 0.5
+    assert mix.lengths() == pytest.approx(np.array([[1000.0, 100.0], [200.0, 200.0]]))  # the defaults, and what was
+    assert mix.uncached() == pytest.approx([1.0, 0.25])
+    mix.update(snapshot(n=2, prompt_tokens_mean=500.0, prefill_tps=[500.0, 100.0]), services)
+    prompt, _ = mix.lengths()
+    assert prompt[0] == pytest.approx(500.0)
+    assert 100.0 < prompt[1] < 500.0
+    assert mix.uncached()[0] == pytest.approx(0.5)
 
 
 def test_mix_ignores_windows_of_which_it_knows_only_half() -> None:
     mix = RequestMix(1)
-    mix.update(snapshot(prefill_tps=50.0))
-    mix.update(snapshot(prefill_tps=np.nan))
-    mix.update(snapshot(finished_rps=np.nan))
-    mix.update(snapshot(prompt_tokens_mean=np.nan))
-    mix.update(missing())
-    assert mix.uncached == pytest.approx([0.25])
-    assert mix.prompt_tokens.tolist() == [100.0]
+    mix.update(snapshot(prefill_tps=50.0), ONE)
+    mix.update(snapshot(prefill_tps=np.nan), ONE)
+    mix.update(snapshot(finished_rps=np.nan), ONE)
+    mix.update(snapshot(prompt_tokens_mean=np.nan), ONE)
+    mix.update(missing(), ONE)
+    assert mix.uncached() == pytest.approx([0.25])
+    assert mix.lengths()[0] == pytest.approx([100.0])
 
 
 @settings(max_examples=25, deadline=None)
@@ -230,16 +235,13 @@ def test_demand_is_finite_and_not_negative_whatever_is_seen(seen: Snapshot) -> N
 
 def test_context_of_running_requests_is_measured_not_guessed_from_finished_ones() -> None:
     """A few long requests among many short ones fill the batch, though hardly any of the finished ones is long."""
-    memory, services = RunningContext(1), fleet(pool())
-    assert np.isnan(memory.tokens).all()
-    memory.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.5, replicas_ready=2.0), services)
-    measured = 0.5 * services.kv_capacity[0, 0] * 2.0 / 10.0
-    assert memory.tokens.tolist() == [pytest.approx(measured)]
-    memory.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=np.nan), services)
-    assert memory.tokens.tolist() == [pytest.approx(measured)]
-    mix = RequestMix(1)
-    mix.update(snapshot())
-    guessed = estimate_demand(snapshot(), services, mix)
-    known = estimate_demand(snapshot(), services, mix, memory.tokens)
+    mix, finished = RequestMix(1), np.array([200.0])
+    assert mix.context(otherwise=finished).tolist() == [200.0]
+    mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.5), ONE)
+    measured = 0.5 * ONE.kv_capacity[0, 0] * 2.0 / 10.0
+    assert mix.context(finished) == pytest.approx([measured])
+    mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=np.nan), ONE)
+    assert mix.context(finished) == pytest.approx([measured])
+    guessed, known = demand_of(snapshot()), estimate_demand(snapshot(), ONE, mix)
     assert known.tokens[0, 0] > guessed.tokens[0, 0]
     assert known.batch_limit[0, 0] < guessed.batch_limit[0, 0]
