@@ -189,11 +189,11 @@ class Controller:
         snapshot = self._read()
         decision = self.stages.run("decide", lambda: self._decide(snapshot), RuntimeError)
         decision = self._act(self._record(decision))
+        self.supervisor.finish(decision, self.stages.spent())  # before what it remembers is written down
         try:
             self.stages.run("conclude", lambda: self.recorder.conclude(decision), RecordsUnavailable)
         except RecordsUnavailable:
             decision = replace(decision, reasons=decision.reasons | int(Reason.NOT_RECORDED))
-        self.supervisor.finish(decision, self.stages.spent())
         return decision
 
     def _read(self) -> Snapshot:

@@ -170,15 +170,15 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
     cursor.close()
 
 
-def pack(arrays: Arrays) -> bytes:
-    """Arrays as a compressed NumPy archive.
+def pack(arrays: Arrays, level: int = 1) -> bytes:
+    """Arrays as a NumPy archive, compressed by zlib at a level from 0 (not at all) to 9.
 
     >>> {name: array.tolist() for name, array in unpack(pack({"x": np.arange(3)})).items()}
     {'x': [0, 1, 2]}
     """
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{name.replace("/", "|"): array for name, array in arrays.items()})
-    return zlib.compress(buffer.getvalue(), 1)
+    return zlib.compress(buffer.getvalue(), level)
 
 
 def unpack(packed: bytes) -> dict[str, npt.NDArray[Any]]:

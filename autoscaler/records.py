@@ -27,6 +27,7 @@ from policies.engine import Positive, StrictModel
 PENDING = "pending"
 """Outcome of a decision that was recorded and not concluded."""
 RETENTION_PERIOD_S = 600.0
+ROWS_PER_STATEMENT = 1000
 
 
 class RecordsConfig(StrictModel):
@@ -131,16 +132,14 @@ class Records:
         with self._database.begin() as connection:
             values = {"concluded": True, "seconds": self._seconds()}
             connection.execute(TICKS.update().where(TICKS.c.id == self._tick).values(**values))
-            rows = [
-                {"b_tick": self._tick, "b_row": row["row"], "b_outcome": row["outcome"], "b_reasons": row["reasons"]}
-                for row in self._brief(decision, pending=False)
-            ]
-            mine = sa.and_(
-                DECISIONS.c.tick == sa.bindparam("b_tick"),
-                DECISIONS.c.row == sa.bindparam("b_row"),
-            )
-            values = {"outcome": sa.bindparam("b_outcome"), "reasons": sa.bindparam("b_reasons")}
-            connection.execute(DECISIONS.update().where(mine).values(**values), rows)
+            alike: dict[tuple[str, int], list[int]] = {}
+            for row in self._brief(decision, pending=False):
+                alike.setdefault((row["outcome"], row["reasons"]), []).append(row["row"])
+            for (outcome, reasons), places in alike.items():  # few statements, however many services
+                for first in range(0, len(places), ROWS_PER_STATEMENT):
+                    mine = DECISIONS.c.row.in_(places[first : first + ROWS_PER_STATEMENT])
+                    change = DECISIONS.update().where(DECISIONS.c.tick == self._tick, mine)
+                    connection.execute(change.values(outcome=outcome, reasons=reasons))
             self._write_state(connection, self._own(decision))
 
     def _own(self, decision: Decision) -> Bools:
@@ -169,7 +168,7 @@ class Records:
             "version": 1,
             "time_s": self._now(),
             "services": pack_names(tuple(self.services[row] for row in own)),
-            "arrays": pack(memory),
+            "arrays": pack(memory, level=0),  # overwritten at every tick: time counts, space does not
         }
         mine = STATES.c.controller == self.controller
         if connection.execute(STATES.update().where(mine).values(**values)).rowcount == 0:

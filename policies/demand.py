@@ -62,7 +62,8 @@ class RequestMix:
 
     def lengths(self) -> Floats:
         """(2, n) mean prompt and output tokens of finished requests, at least 1; defaults until one has finished."""
-        return np.maximum((self._sums[1:3] + _DEFAULT_LENGTHS) / (self._sums[0] + NEXT_TO_NOTHING), 1.0)
+        lengths: Floats = np.maximum((self._sums[1:3] + _DEFAULT_LENGTHS) / (self._sums[0] + NEXT_TO_NOTHING), 1.0)
+        return lengths
 
     def uncached(self) -> Floats:
         """(n,) share of prompt tokens that is computed, 0.02..1; 1 until a request has finished."""

@@ -114,8 +114,9 @@ _AT_MOST = np.array([[AT_MOST.get(name, np.inf)] for name in FEATURES], np.float
 _DECAY_S = np.array([*MEMORIES_S, PEAK_MEMORY_S, SCALING_MEMORY_S])[:, np.newaxis]
 
 
-def _log(ratio: Floats) -> Floats:
-    return np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
+def _log(ratio: npt.NDArray[Any]) -> Floats:
+    logs: Floats = np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
+    return logs
 
 
 def encode_miss_price(log_miss_price: Floats) -> Floats:
