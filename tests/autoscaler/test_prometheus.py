@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from autoscaler.actuators.base import FleetState, pools_of
+from autoscaler.boot_ledger import BootLedger
 from autoscaler.check import suggest
-from autoscaler.prometheus import BootLedger, PrometheusAuth, PrometheusConfig, PrometheusQueryError, PrometheusSource
+from autoscaler.prometheus import PrometheusSource
+from autoscaler.prometheus_api import PrometheusAuth, PrometheusConfig, PrometheusQueryError
 from policies.contract import TTFT_EDGES_S, Snapshot
 from policies.engine import ConfigError
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
