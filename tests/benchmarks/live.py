@@ -17,7 +17,8 @@ import numpy as np
 from autoscaler.actuators.base import Access, FleetState
 from autoscaler.config import LiveConfig
 from autoscaler.controls import Mode
-from autoscaler.prometheus import PrometheusConfig, build_queries
+from autoscaler.prometheus_api import PrometheusConfig
+from autoscaler.prometheus_queries import build_queries
 from autoscaler.service import LiveService
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace
