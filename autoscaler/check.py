@@ -15,14 +15,8 @@ import numpy as np
 
 from autoscaler import metric_presets as presets
 from autoscaler.actuators.base import Access
-from autoscaler.prometheus import (
-    PrometheusClient,
-    PrometheusConfig,
-    PrometheusQueryError,
-    Query,
-    build_queries,
-    candidates_by_signal,
-)
+from autoscaler.prometheus_api import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.prometheus_queries import Query, build_queries, candidates_by_signal
 from policies.engine import ConfigError
 from policies.spec import ScalingSpec
 

@@ -18,7 +18,7 @@ from autoscaler.exposition import ExpositionConfig
 from autoscaler.ladder import LadderSpec
 from autoscaler.leases import LeaseSpec
 from autoscaler.policy_follower import PolicyConfig
-from autoscaler.prometheus import PrometheusConfig
+from autoscaler.prometheus_api import PrometheusConfig
 from autoscaler.records import RecordsConfig, database_file, expand_secrets
 from autoscaler.supervision import SupervisionSpec
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml

@@ -63,7 +63,8 @@ def emulate(
     model: Annotated[str | None, typer.Option(help="Name of the served model.")] = None,
 ) -> None:
     """Serve an emulated engine: OpenAI's streaming API and vLLM's metrics at the pace of a profile, without a GPU."""
-    from autoscaler.emulated_engine import EmulatedEngine, EngineServer, serve
+    from autoscaler.emulated_engine import EmulatedEngine
+    from autoscaler.emulated_server import EngineServer, serve
     from policies.spec import find_engine
 
     profile = find_engine(engine, Path())

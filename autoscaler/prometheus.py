@@ -8,246 +8,26 @@ This module must not know what is decided from a snapshot.
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from autoscaler import metric_presets as presets
-from autoscaler.actuators.base import FleetState, PoolName, pools_of
-from policies.contract import BOOT_BINS, TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
-from policies.engine import ConfigError, NonNegative, Positive, StrictModel
-from policies.spec import ScalingSpec, Share
+from autoscaler.actuators.base import FleetState, pools_of
+from autoscaler.boot_ledger import BootLedger
+from autoscaler.latency_histograms import counts_by_latency, read_buckets, share_within
+from autoscaler.prometheus_api import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.prometheus_queries import Query, build_queries, candidates_by_signal, per_pool
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
+from policies.engine import ConfigError
+from policies.spec import ScalingSpec
 
-if TYPE_CHECKING:
-    from prometheus_api_client import PrometheusConnect
-
-BOOT_EDGES_S = (30.0, 120.0)
-"""Remaining seconds that separate the bins of `Snapshot.boot_pipeline`."""
 WORKERS = 8
 """Queries in flight at once."""
-FIRST_PAUSE_S = 0.1
-
-
-class PrometheusAuth(StrictModel):
-    """How to log in. Secrets come from the environment or from a mounted file, never from this configuration."""
-
-    bearer_token_env: str | None = Field(default=None, description="Environment variable that holds a bearer token.")
-    bearer_token_file: Path | None = Field(default=None, description="File with a bearer token, read at each tick.")
-    username: str | None = Field(default=None, description="User name for basic authentication.")
-    password_env: str | None = Field(default=None, description="Environment variable that holds the password.")
-    password_file: Path | None = Field(default=None, description="File with the password.")
-    ca_file: Path | None = Field(default=None, description="Certificate authority to trust, PEM.")
-    client_cert_file: Path | None = Field(default=None, description="Client certificate, PEM.")
-    client_key_file: Path | None = Field(default=None, description="Key of the client certificate, PEM.")
-    verify_tls: bool = Field(default=True, description="Verify the server's certificate.")
-
-    @model_validator(mode="after")
-    def _one_way(self) -> PrometheusAuth:
-        ways = [self.bearer_token_env, self.bearer_token_file, self.username]
-        if sum(way is not None for way in ways) > 1:
-            raise ValueError("expected one of bearer_token_env, bearer_token_file, username")
-        if (self.username is None) != (self.password_env is None and self.password_file is None):
-            raise ValueError("username needs password_env or password_file, and they need username")
-        return self
-
-    def headers(self) -> dict[str, str]:
-        """The authorisation header, if any.
-
-        Raises:
-            ConfigError: when the secret is not there.
-        """
-        token = _secret(self.bearer_token_env, self.bearer_token_file)
-        return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-    def basic(self) -> tuple[str, str] | None:
-        """User name and password, if any.
-
-        Raises:
-            ConfigError: when the secret is not there.
-        """
-        password = _secret(self.password_env, self.password_file)
-        return None if self.username is None or password is None else (self.username, password)
-
-
-def _secret(variable: str | None, file: Path | None) -> str | None:
-    if variable is not None:
-        if not os.environ.get(variable):
-            raise ConfigError(f"environment variable {variable}: expected a secret, but it is not set")
-        return os.environ[variable].strip()
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-Engine = Literal["vllm", "sglang", "tgi", "tensorrt-llm", "ray-serve"]
-GatewayName = Literal["none", "haproxy", "llm-d-epp", "ray-serve"]
-
-
-class PrometheusConfig(StrictModel):
-    """Where the measurements are and what they are called."""
-
-    url: Annotated[str, Field(pattern=r"^https?://")] = Field(description="Prometheus, for example http://host:9090.")
-    engines: Annotated[tuple[Engine, ...], Field(min_length=1)] = Field(
-        default=("vllm",), description="Inference engines whose metric names are looked up."
-    )
-    gateway: GatewayName = Field(default="none", description="What stands in front of the engines and holds a queue.")
-    replicas: Literal["none", "kube-state-metrics"] = Field(
-        default="none", description="Where replica counts are read when the actuator cannot say."
-    )
-    service_label: str = Field(default="service", description="Label of the engines' series that names the service.")
-    pool_label: str | None = Field(default=None, description="Label that names the pool, where a service has several.")
-    replica_label: str = Field(default="instance", description="Label that names one replica.")
-    gateway_label: str | None = Field(default=None, description="Label that names the service at the gateway.")
-    replicas_label: str | None = Field(default=None, description="Label that names the service in replica counts.")
-    names: dict[str, str] = Field(default={}, description="Label value by service, where it is not the service's name.")
-    gateway_names: dict[str, str] = Field(default={}, description="The same at the gateway.")
-    replicas_names: dict[str, str] = Field(default={}, description="The same in replica counts.")
-    matchers: dict[str, str] = Field(default={}, description="Labels that every series must have, such as a namespace.")
-    metrics: dict[str, tuple[str, ...]] = Field(
-        default={}, description="Own metric names by signal, for engines that are not in the table."
-    )
-    window_s: Positive | None = Field(default=None, description="Window of rates; the control interval when unset.")
-    max_age_s: Positive = Field(default=60.0, description="A newest sample older than this makes a service blind.")
-    min_coverage: Share = Field(default=0.7, description="Least share of the ready replicas that must be scraped.")
-    discovery_s: NonNegative = Field(default=60.0, description="A replica ready for less need not be scraped yet.")
-    timeout_s: Positive = Field(default=2.0, description="Longest wait for one answer.")
-    deadline_s: Positive = Field(default=5.0, description="Longest time for one snapshot, retries included.")
-    attempts: int = Field(default=3, ge=1, le=10, description="Tries of one query within the deadline.")
-    histograms: bool = Field(
-        default=True,
-        description="Fetch whole latency histograms, for policies that scale on quantiles; else the objectives' edges.",
-    )
-    auth: PrometheusAuth = Field(default=PrometheusAuth(), description="How to log in.")
-
-    @model_validator(mode="after")
-    def _known_signals(self) -> PrometheusConfig:
-        unknown = sorted(set(self.metrics) - set(presets.SIGNALS))
-        if unknown:
-            raise ValueError(f"metrics: no signal named {unknown[0]!r}; signals: {', '.join(presets.SIGNALS)}")
-        return self
-
-
-@dataclass(frozen=True)
-class Query:
-    """One PromQL text, what its answer is grouped by and how its rows are found.
-
-    Attributes:
-        signal: name in `presets.SIGNALS`, or `seen`, `sample_time`.
-        text: PromQL.
-        label: the label that names the service.
-        pool_label: the label that names the pool, if the answer is kept apart by pool.
-        kind: whose naming of services it follows.
-    """
-
-    signal: str
-    text: str
-    label: str
-    pool_label: str | None
-    kind: Literal["engine", "gateway", "replicas"]
-
-
-class PrometheusQueryError(RuntimeError):
-    """Raised when a query got no answer; the message says why."""
-
-
-class PrometheusClient:
-    """Instant queries within a deadline, on prometheus-api-client.
-
-    Args:
-        config: where the server is, how to log in, how long to wait.
-    """
-
-    def __init__(self, config: PrometheusConfig) -> None:
-        import requests
-        from prometheus_api_client import PrometheusConnect
-        from urllib3.util.retry import Retry
-
-        self.config = config
-        auth = config.auth
-        session = requests.Session()
-        session.verify = str(auth.ca_file) if auth.ca_file else auth.verify_tls
-        if auth.client_cert_file:
-            key = str(auth.client_key_file) if auth.client_key_file else None
-            session.cert = (str(auth.client_cert_file), key) if key else str(auth.client_cert_file)
-        # The client's own retries know no deadline, and its default is to wait for ever.
-        self._connect: PrometheusConnect = PrometheusConnect(
-            url=config.url.rstrip("/"), session=session, retry=Retry(0), timeout=config.timeout_s
-        )
-
-    def log_in(self) -> None:
-        """Read the secrets anew: a mounted token is replaced while we run.
-
-        Raises:
-            ConfigError: when a secret is not there.
-        """
-        self._connect.headers = self.config.auth.headers()
-        self._connect.auth = self.config.auth.basic()
-
-    def ask(self, query: str, until_s: float | None = None, at_s: float | None = None) -> list[dict[str, Any]]:
-        """The rows of an instant query.
-
-        Args:
-            query: PromQL.
-            until_s: deadline on `time.monotonic`; one whole snapshot's time from now when None.
-            at_s: the moment asked about, Unix seconds; the server's now when None.
-
-        Raises:
-            PrometheusQueryError: when there is no answer before the deadline, or the server refuses the query.
-        """
-        params = None if at_s is None else {"time": f"{at_s:.3f}"}
-        rows: list[dict[str, Any]] = self._try(
-            lambda wait_s: self._connect.custom_query(query, params=params, timeout=wait_s), until_s
-        )
-        return rows
-
-    def names(self) -> set[str]:
-        """Every metric name that the server knows.
-
-        Raises:
-            PrometheusQueryError: when there is no answer in time.
-        """
-        found: list[str] = self._try(lambda _: self._connect.all_metrics(), None)
-        return set(found)
-
-    def close(self) -> None:
-        """Drop connections."""
-        self._connect.close()
-
-    def _try(self, call: Callable[[float], Any], until_s: float | None) -> Any:
-        from prometheus_api_client.exceptions import PrometheusApiClientException
-        from requests import RequestException
-
-        until_s = time.monotonic() + self.config.deadline_s if until_s is None else until_s
-        why, pause_s = "the deadline has passed", FIRST_PAUSE_S
-        for _ in range(self.config.attempts):
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
-                break
-            try:
-                return call(min(self.config.timeout_s, left_s))
-            except PrometheusApiClientException as error:
-                why = " ".join(str(error).split())[:300]
-                if "Status Code 4" in why and "Status Code 429" not in why:
-                    break  # the server understood and refuses: asking again changes nothing
-            except (RequestException, ValueError, KeyError, TypeError) as error:
-                # The whole query is in the address, which would hide what went wrong.
-                sentence = " ".join(re.sub(r"with url: \S+", "", str(error)).split())
-                why = f"{type(error).__name__}: {sentence[:300]}"
-            time.sleep(max(0.0, min(pause_s, until_s - time.monotonic())))
-            pause_s *= 2
-        raise PrometheusQueryError(why)
 
 
 class PrometheusSource:
@@ -380,7 +160,7 @@ class PrometheusSource:
                     problems.append(f"{query.signal}: {self.specs[row].service} reports {sample['value'][1]}")
                     value = np.nan
                 values[row, column] = value
-        return values if query.pool_label or presets_per_pool(query.signal) else values[:, 0]
+        return values if query.pool_label or per_pool(query.signal) else values[:, 0]
 
     def _assemble(
         self,
@@ -402,7 +182,7 @@ class PrometheusSource:
             return np.where(exists, values.get(name, np.full((n, width), np.nan)), 0.0)
 
         target, ready, starting, draining = self._replicas(state, values, exists)
-        empty = _every(np.where(exists, ready + draining, 0.0) == 0)
+        empty = (np.where(exists, ready + draining, 0.0) == 0).all(axis=1)
         lost = self._lost(values, ready, draining, now_s, empty, problems)
 
         def seen(array: Floats) -> Floats:
@@ -539,60 +319,20 @@ class PrometheusSource:
         edges_s: Sequence[float],
         problems: list[str],
     ) -> tuple[Floats, Floats, Floats]:
-        """(n,) share within the objective, (n, edges + 1) events per second by latency, (n,) events per second.
-
-        The share is exact where the objective is a bucket edge and nothing waits in front. With a wait, the largest
-        edge that the wait leaves room for is read: the share can then only be too low. The histogram is moved by the
-        wait and interpolated at the edges of the contract.
-        """
-        n = len(self.specs)
-        edges, cumulative, rate = self._buckets(signal, answers)
-        there = ~np.isnan(cumulative)
-        share = np.full(n, np.nan)
-        by_latency = np.full((n, len(edges_s) + 1 if self.config.histograms else 0), np.nan)
-        if not len(edges):
-            return share, by_latency, rate
-        for row in np.flatnonzero(there.any(axis=1) & ~there.all(axis=1)):
-            # Engines with other edges than the rest of the fleet: linear between their own.
-            own = there[row]
-            cumulative[row] = np.interp(edges, edges[own], cumulative[row, own], left=0.0)
-        if self.config.histograms:
-            at_s = np.asarray(edges_s)[np.newaxis, :] - wait_s[:, np.newaxis]
-            by_latency = _rebin(edges, cumulative, rate, at_s)
-        room_s = slo_s - wait_s
-        place = np.abs(edges[np.newaxis, :] - slo_s[:, np.newaxis]).argmin(axis=1)
-        rows = np.arange(n)
-        is_edge = (np.abs(edges[place] - slo_s) <= 1e-6 * slo_s) & there[rows, place]
-        below = np.where(there & (edges[np.newaxis, :] <= room_s[:, np.newaxis] * (1 + 1e-6)), cumulative, 0.0)
-        within = np.where(wait_s > 0, below.max(axis=1), np.where(is_edge, cumulative[rows, place], np.nan))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where((rate > 0) & np.isfinite(room_s), np.clip(within / rate, 0.0, 1.0), np.nan)
-        problems += [
-            f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge"
-            for row in np.flatnonzero((rate > 0) & (wait_s <= 0) & ~is_edge)
-        ]
-        return share, by_latency, rate
-
-    def _buckets(self, signal: str, answers: Mapping[str, list[dict[str, Any]]]) -> tuple[Floats, Floats, Floats]:
-        """(e,) finite upper edges, (n, e) cumulative events per second, NaN where missing, and (n,) all of them."""
+        """(n,) share within the objective, (n, edges + 1) events per second by latency, (n,) events per second."""
         n = len(self.specs)
         query = next((one for one in self.queries if one.signal == signal), None)
-        rows: list[dict[str, Any]] = answers.get(signal, []) if query is not None else []
-        # 1 and 1.0 are one edge: texts are read as numbers, each text once.
-        edge_of = {text: float(text) for text in {sample["metric"].get("le", "nan") for sample in rows}}
-        edges = np.array(sorted({edge for edge in edge_of.values() if np.isfinite(edge)}))
-        columns = {text: int(np.searchsorted(edges, edge)) for text, edge in edge_of.items() if not np.isnan(edge)}
-        found = np.full((n, len(edges) + 1), np.nan)  # the last column is that of +Inf
-        if query is not None:
-            by_name = self._rows[query.kind]
-            for sample in rows:
-                metric = sample["metric"]
-                row, column = by_name.get(metric.get(query.label, "")), columns.get(metric.get("le", "nan"))
-                if row is not None and column is not None:
-                    value, before = float(sample["value"][1]), found[row, column]
-                    found[row, column] = value if before != before else before + value
-        found[~np.isfinite(found)] = np.nan
-        return edges, found[:, :-1], found[:, -1]
+        rows = answers.get(signal, [])
+        buckets = read_buckets(rows if query else [], query.label if query else "", self._row_of(query), n)
+        share, untold = share_within(buckets, slo_s, wait_s)
+        problems += [
+            f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge" for row in np.flatnonzero(untold)
+        ]
+        histograms = counts_by_latency(buckets, edges_s, wait_s) if self.config.histograms else np.full((n, 0), np.nan)
+        return share, histograms, buckets.total
+
+    def _row_of(self, query: Query | None) -> Mapping[str, int]:
+        return self._rows[query.kind] if query else {}
 
     def _oldest_wait(self, backlog: Floats, finished: Floats, now_s: float) -> Floats:
         """(n,) estimated age of the oldest unserved request: nothing exports it.
@@ -608,110 +348,3 @@ class PrometheusSource:
         with np.errstate(divide="ignore", invalid="ignore"):
             by_rate = np.where(finished > 0, backlog / finished, np.inf)
         return np.where(empty, 0.0, np.where(known, np.minimum(by_rate, queued_for_s), np.nan))
-
-
-class BootLedger:
-    """When starting replicas were first seen, so that their remaining time can be told.
-
-    Args:
-        specs: the services; a pool's cold start is the expected time of its engine profile.
-    """
-
-    def __init__(self, specs: Sequence[ScalingSpec]) -> None:
-        self._pools = pools_of(specs)
-        self._cold_start_s = {pool: specs[pool.row].pools[pool.column].start.total_s for pool in self._pools}
-        self._since: dict[PoolName, list[float]] = {pool: [] for pool in self._pools}
-        self._shape = (len(specs), max(len(spec.pools) for spec in specs))
-
-    def bins(self, starting: Floats, missing: np.ndarray, now_s: float) -> Floats:
-        """(n, P, BOOT_BINS) starting replicas by expected remaining time; the longest-starting ones leave first."""
-        counts = np.zeros((*self._shape, BOOT_BINS))
-        for pool in self._pools:
-            at = (pool.row, pool.column)
-            if missing[at]:
-                counts[at] = np.nan
-                continue
-            since, wanted = self._since[pool], int(starting[at])
-            if not since and not wanted:
-                continue
-            del since[: max(0, len(since) - wanted)]
-            since.extend([now_s] * (wanted - len(since)))
-            left_s = self._cold_start_s[pool] - (now_s - np.array(since))
-            places = np.searchsorted(BOOT_EDGES_S, left_s, "right")
-            counts[at] = np.bincount(places, minlength=BOOT_BINS)
-        return counts
-
-
-def _rebin(edges: Floats, cumulative: Floats, total: Floats, at_s: Floats) -> Floats:
-    """Cumulative counts as counts per bin of other edges, linear inside a bucket.
-
-    Args:
-        edges: (e,) finite upper edges of the source, ascending.
-        cumulative: (n, e) events up to each.
-        total: (n,) all events.
-        at_s: (n, m) the edges wanted, service by service.
-
-    Returns:
-        (n, m + 1) events per bin; what is above the largest finite edge of the source is in the last one.
-    """
-    lower = np.concatenate([[0.0], edges])
-    counts = np.concatenate([np.zeros((len(total), 1)), cumulative], axis=1)
-    place = np.clip(np.searchsorted(lower, at_s, "right") - 1, 0, len(edges) - 1)
-    inside = np.clip((at_s - lower[place]) / (lower[place + 1] - lower[place]), 0.0, 1.0)
-    rows = np.arange(len(total))[:, np.newaxis]
-    reached = counts[rows, place] + inside * (counts[rows, place + 1] - counts[rows, place])
-    ends = np.concatenate([np.zeros((len(total), 1)), reached, total[:, np.newaxis]], axis=1)
-    return np.maximum(np.diff(ends, axis=1), 0.0)
-
-
-def presets_per_pool(signal: str) -> bool:
-    """Whether a signal is kept apart by pool."""
-    return signal == "seen" or (signal in presets.SIGNALS and presets.SIGNALS[signal].per_pool)
-
-
-def candidates_by_signal(config: PrometheusConfig) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Metric names to look up and whose naming they follow, by signal: own names, then the gateway's, then engines'."""
-    found: dict[str, tuple[tuple[str, ...], str]] = {}
-    for engine in config.engines:
-        for signal, names in presets.ENGINES[engine].items():
-            found[signal] = ((*found.get(signal, ((), ""))[0], *names), "engine")
-    for kind, preset in (
-        ("gateway", presets.GATEWAYS.get(config.gateway)),
-        ("replicas", presets.REPLICA_SOURCES.get(config.replicas)),
-    ):
-        found |= {signal: (names, kind) for signal, names in (preset.names.items() if preset else ())}
-    return found | {signal: (names, found.get(signal, ((), "engine"))[1]) for signal, names in config.metrics.items()}
-
-
-def build_queries(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Query]:
-    """One query per signal for all services."""
-    window_s = config.window_s or specs[0].interface.window.control_interval_s
-    gateway = presets.GATEWAYS.get(config.gateway)
-    replicas = presets.REPLICA_SOURCES.get(config.replicas)
-    labels = {
-        "engine": config.service_label,
-        "gateway": config.gateway_label or (gateway.label if gateway else config.service_label),
-        "replicas": config.replicas_label or (replicas.label if replicas else config.service_label),
-    }
-    waits = gateway is not None and not gateway.measures_ttft and "queue_wait" in gateway.names
-    edges = {
-        # All edges for a histogram, or where a wait at the gateway moves the edge that is read.
-        "ttft_bucket": () if waits or config.histograms else sorted({spec.slo.ttft_s for spec in specs}),
-        "tpot_bucket": () if config.histograms else sorted({spec.slo.tpot_s for spec in specs}),
-    }
-    queries = []
-    for signal, (names, kind) in candidates_by_signal(config).items():
-        pool_label = config.pool_label if presets.SIGNALS[signal].per_pool and kind == "engine" else None
-        by = (labels[kind], *([pool_label] if pool_label else []))
-        text = presets.render(signal, names, by, config.matchers, window_s, edges.get(signal, ()))
-        queries.append(Query(signal, text, labels[kind], pool_label, kind))  # type: ignore[arg-type]
-        if signal == "running":
-            seen = presets.render_seen(names, by, config.matchers, window_s)
-            queries.append(Query("seen", seen, labels[kind], pool_label, kind))  # type: ignore[arg-type]
-            taken = presets.render_sample_time(names, by[:1], config.matchers)
-            queries.append(Query("sample_time", taken, labels[kind], None, kind))  # type: ignore[arg-type]
-    return queries
-
-
-def _every(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.all(axis=1))

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from autoscaler import metric_presets as presets
-from autoscaler.prometheus import PrometheusClient, PrometheusConfig, candidates_by_signal
+from autoscaler.prometheus_api import PrometheusClient, PrometheusConfig
+from autoscaler.prometheus_queries import candidates_by_signal
 from policies.contract import Floats
 from policies.engine import ConfigError
 

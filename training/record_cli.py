@@ -38,7 +38,7 @@ def record(
     from datetime import UTC, datetime
 
     from autoscaler.config import load_live_config
-    from autoscaler.prometheus import PrometheusQueryError
+    from autoscaler.prometheus_api import PrometheusQueryError
     from autoscaler.traffic_recording import record as read_traffic
     from envs.traces import TraceError, write_trace
     from training.record import trace_from_recording

@@ -86,7 +86,9 @@ class CompositeActuator:
         now, cap_now = state.replicas_target, state.batch_cap
         # An unknown count or cap is written as asked.
         up = np.isnan(now) | (target.replicas >= now)
-        enough = state.replicas_ready >= np.minimum(target.replicas, np.where(np.isnan(now), np.inf, target.replicas))
+        # Where nobody counts replicas (metrics alone), none can be waited for; where counting failed, it is waited.
+        uncounted = np.isnan(state.replicas_ready) & (not state.problems)
+        enough = uncounted | (state.replicas_ready >= target.replicas)
         lower_cap = ~np.isnan(cap_now) & (target.batch_cap < cap_now)
         cap_waits = lower_cap & ~enough & up
         failures: dict[str, str] = {}

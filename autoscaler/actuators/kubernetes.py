@@ -167,7 +167,8 @@ class KubernetesActuator:
                 continue
             self._seen[pool] = found
             replicas = [_replica(pod) for pod in _selected(pods.get(target.namespace, {}), found.selector)]
-            self._replicas[pool] = replicas
+            if target.namespace in pods:
+                self._replicas[pool] = replicas
             at = (pool.row, pool.column)
             state.replicas_target[at] = found.target
             state.replicas_ready[at] = min(found.ready, found.target)
@@ -210,15 +211,19 @@ class KubernetesActuator:
         self._api.close()
 
     def members(self) -> dict[str, dict[str, str]]:
-        """Ready replicas that are not leaving, by pool label: name to ``address:port``; as of the last `state`."""
-        return {
-            pool.label: {
+        """Ready replicas that are not leaving, by pool label: name to ``address:port``; as of the last `state`.
+
+        A pool whose replicas could not be listed is left out, so that nobody takes it for empty.
+        """
+        found = {
+            pool: {
                 replica.name: f"{replica.address}:{self.config.replica_port}"
-                for replica in self._replicas.get(pool, [])
+                for replica in replicas
                 if replica.ready and not replica.leaving and replica.address
             }
-            for pool in self._pools
+            for pool, replicas in self._replicas.items()
         }
+        return {pool.label: names for pool, names in found.items() if names or not self._seen[pool].ready}
 
     def victims(self, pool: PoolName, count: int) -> list[str]:
         """The replicas that a scale-down by `count` should take: not ready ones, then the least loaded.
@@ -308,7 +313,7 @@ class KubernetesActuator:
         return objects, scales
 
     def _pods(self, problems: list[str]) -> dict[str, dict[tuple[str, str], list[Json]]]:
-        """Pods by namespace and by each of their labels."""
+        """Pods by namespace and by each of their labels; without the namespaces that could not be read."""
         found: dict[str, dict[tuple[str, str], list[Json]]] = {}
         for namespace in sorted({target.namespace for target in self._targets.values()}):
             index: dict[tuple[str, str], list[Json]] = {}
@@ -316,9 +321,9 @@ class KubernetesActuator:
                 for pod in self._api.items(f"/api/v1/namespaces/{namespace}/pods"):
                     for label in pod["metadata"].get("labels", {}).items():
                         index.setdefault(label, []).append(pod)
+                found[namespace] = index
             except KubeError as error:
                 problems.append(f"pods in {namespace}: {error}")
-            found[namespace] = index
         return found
 
     def _foreign(self, problems: list[str]) -> dict[tuple[str, str, str], str]:

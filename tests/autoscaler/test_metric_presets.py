@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from autoscaler import metric_presets as presets
-from autoscaler.prometheus import Engine, GatewayName, PrometheusConfig, build_queries
+from autoscaler.prometheus_api import Engine, GatewayName, PrometheusConfig
+from autoscaler.prometheus_queries import build_queries
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 GOLDENS = Path(__file__).parent / "goldens"

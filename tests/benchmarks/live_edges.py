@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from autoscaler.actuators.base import FleetState, pools_of
-from autoscaler.prometheus import PrometheusConfig, PrometheusSource, Query
+from autoscaler.prometheus import PrometheusSource
+from autoscaler.prometheus_api import PrometheusConfig
+from autoscaler.prometheus_queries import Query
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 SERVICES = (1, 100, 1000)

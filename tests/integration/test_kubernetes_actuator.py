@@ -222,6 +222,20 @@ def test_counts_what_starts_is_ready_and_drains(chat: KubeApiServer) -> None:
     api.close()
 
 
+def test_replicas_that_cannot_be_listed_are_not_taken_for_none(
+    chat: KubeApiServer, faulty_kube: tuple[FaultProxy, Path]
+) -> None:
+    proxy, kubeconfig = faulty_kube
+    create_pod(chat, "chat-a", "chat")
+    set_ready(chat, "chat", 1)
+    found = actuator(kubeconfig)
+    found.state()
+    assert found.members() == {"chat": {"chat-a": "127.0.0.1:8000"}}
+    proxy.fault = lambda method, path: 500 if path.endswith("/pods") else None
+    assert found.state().replicas_target[0, 0] == 2
+    assert found.members() == {}
+
+
 def test_a_stateful_set_is_scaled_and_its_highest_ordinals_go_first(chat: KubeApiServer) -> None:
     create_deployment(chat, "chat", replicas=3, kind="StatefulSet")
     for ordinal in range(3):

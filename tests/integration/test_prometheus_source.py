@@ -18,7 +18,8 @@ from servers import FaultProxy, Prometheus, free_port, wait_until
 
 from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.check import check_metrics
-from autoscaler.prometheus import PrometheusConfig, PrometheusSource
+from autoscaler.prometheus import PrometheusSource
+from autoscaler.prometheus_api import PrometheusConfig
 from policies.contract import MetricsUnavailable
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import start
 from servers import Engine, Prometheus
 
-from autoscaler.prometheus import PrometheusConfig
+from autoscaler.prometheus_api import PrometheusConfig
 from autoscaler.traffic_recording import record
 from envs.generator import GeneratorSpec, generate
 from envs.trace_summary import dispersion
