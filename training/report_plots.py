@@ -77,10 +77,10 @@ def _point(row: dict[str, Any], colour: str, legend: bool) -> go.Scatter:
 def _frontier(rows: list[dict[str, Any]]) -> go.Scatter:
     """The highest attainment that any policy reaches at a cost or below it."""
     ordered = sorted(rows, key=lambda row: row["usd_per_mtok"])
-    highest = np.maximum.accumulate([row["attainment"] for row in ordered]) if ordered else []
+    highest = np.maximum.accumulate(np.array([row["attainment"] for row in ordered], np.float64))
     return go.Scatter(
         x=[row["usd_per_mtok"] for row in ordered],
-        y=list(highest),
+        y=highest,
         mode="lines",
         line={"shape": "hv", "width": 1, "color": "#9aa3b2"},
         showlegend=False,

@@ -148,7 +148,10 @@ def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
 
 def _tuning(tunings: Sequence[Row]) -> str:
     if not tunings:
-        return "Nothing was tuned."
+        return (
+            "Nothing was tuned in the run that this page shows (`make scoreboard TUNED=default`): policies have their "
+            "default settings, and columns of other settings are empty. `make scoreboard` tunes them all."
+        )
     runs = sum(item["trials"] for item in tunings)
     lines = [
         f"{len(tunings)} studies ran {runs:,} settings; only settings that were run count. "
