@@ -14,7 +14,7 @@ from typing import Any
 from training.cells import label
 from training.lineup import is_peer, is_rule
 from training.scores import REFERENCE
-from training.standings import MODES, Standing, add_ratios, best_peer, cheapest, standings_of
+from training.standings import MODES, WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
 
 Row = dict[str, Any]
 TITLES = {"generated": "Generated traffic", "real": "Recorded traffic"}
@@ -69,8 +69,8 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
         "best peer, train": lambda own: best_peer(own, ("train",)),
         "best peer, self": lambda own: best_peer(own, ("self",)),
         "best peer, hindsight": lambda own: best_peer(own, ("hindsight",)),
-        "best own rule, train or self": lambda own: cheapest(
-            row for row in own if is_rule(row["policy"]) and row["tuned"] in {"train", "self"}
+        "best own rule": lambda own: cheapest(
+            row for row in own if is_rule(row["policy"]) and row["tuned"] in WITHOUT_FORESIGHT
         ),
         "learned": lambda own: cheapest(row for row in own if row["policy"] == "learned"),
     }
