@@ -13,7 +13,8 @@ from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, writ
 from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
 from training import lineup
-from training.evaluate import bootstrap_interval, evaluate, run_cell
+from training.cells import run_cell
+from training.evaluate import bootstrap_interval, evaluate
 from training.replay import read_horizon
 from training.scenarios import Scenario, Suite
 from training.scores import UNLABELLED, judge, split_bill, worst_hour
