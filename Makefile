@@ -74,9 +74,10 @@ docs: demo ## Regenerate the tables of the README from a demo and a benchmark ru
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
 	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
 
-scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite and write docs/scoreboard.md; ARGS goes to `jevons evaluate`.
+TUNED ?= default,train,self,hindsight
+scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite, write docs/scoreboard.md; TUNED=default tunes nothing.
 	@mkdir -p runs/scoreboard
-	$(BIN)/jevons evaluate --suite dev --policy all --tuned default,train,self,hindsight --cache runs/cache \
+	$(BIN)/jevons evaluate --suite dev --policy all --tuned $(TUNED) --cache runs/cache \
 	  --json runs/scoreboard/rows.json --details runs/scoreboard/details.json --report runs/scoreboard/report.html $(ARGS)
 	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
 

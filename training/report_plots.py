@@ -80,7 +80,7 @@ def _frontier(rows: list[dict[str, Any]]) -> go.Scatter:
     highest = np.maximum.accumulate(np.array([row["attainment"] for row in ordered], np.float64))
     return go.Scatter(
         x=[row["usd_per_mtok"] for row in ordered],
-        y=list(highest),
+        y=highest,
         mode="lines",
         line={"shape": "hv", "width": 1, "color": "#9aa3b2"},
         showlegend=False,

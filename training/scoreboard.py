@@ -14,7 +14,7 @@ from typing import Any
 from policies.lineup import is_peer, is_rule
 from training.cells import label
 from training.scores import REFERENCE
-from training.standings import MODES, Standing, add_ratios, best_peer, cheapest, standings_of
+from training.standings import MODES, WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
 
 Row = dict[str, Any]
 TITLES = {"generated": "Generated traffic", "real": "Recorded traffic"}
@@ -69,8 +69,8 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
         "best peer, train": lambda own: best_peer(own, ("train",)),
         "best peer, self": lambda own: best_peer(own, ("self",)),
         "best peer, hindsight": lambda own: best_peer(own, ("hindsight",)),
-        "best own rule, train or self": lambda own: cheapest(
-            row for row in own if is_rule(row["policy"]) and row["tuned"] in {"train", "self"}
+        "best own rule": lambda own: cheapest(
+            row for row in own if is_rule(row["policy"]) and row["tuned"] in WITHOUT_FORESIGHT
         ),
         "learned": lambda own: cheapest(row for row in own if row["policy"] == "learned"),
     }
@@ -148,7 +148,10 @@ def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
 
 def _tuning(tunings: Sequence[Row]) -> str:
     if not tunings:
-        return "Nothing was tuned."
+        return (
+            "Nothing was tuned in the run that this page shows (`make scoreboard TUNED=default`): policies have their "
+            "default settings, and columns of other settings are empty. `make scoreboard` tunes them all."
+        )
     runs = sum(item["trials"] for item in tunings)
     lines = [
         f"{len(tunings)} studies ran {runs:,} settings; only settings that were run count. "

@@ -13,7 +13,8 @@ from policies.fleet import Fleet
 from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
-from training.evaluate import bootstrap_interval, evaluate, run_cell
+from training.cells import run_cell
+from training.evaluate import bootstrap_interval, evaluate
 from training.replay import read_horizon
 from training.scenarios import Scenario, Suite
 from training.scores import UNLABELLED, judge, split_bill, worst_hour
@@ -276,7 +277,8 @@ def test_parameters_reach_the_policies():
 
 def test_all_names_every_policy_once_and_all_self_every_one_that_can_tune_itself():
     asked = lineup.split_references(["hpa, all", "static:replicas=2"])
-    assert asked == ["hpa", *(name for name in lineup.ALL if name != "hpa"), "static:replicas=2"]
+    named = (name for name in (*lineup.ALL, *lineup.REFERENCES) if name != "hpa")
+    assert asked == ["hpa", *named, "static:replicas=2"]
     tuned = lineup.split_references(["all+self"])
     assert tuned == [f"{name}+self" for name in lineup.ALL if name != "static"]
     assert all(lineup.resolve(reference).self_tuned for reference in tuned)

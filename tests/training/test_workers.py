@@ -1,17 +1,16 @@
-import math
-
 import pytest
 from worlds import chat, suite_of
 
 from training.evaluate import evaluate
 from training.result_cache import ResultCache
+from training.what_if import numbers
 from training.workers import InProcess, open_workers
 
 
-def results(workers, numbers):
-    for number in numbers:
-        workers.submit(number, math.factorial, number)
-    return dict(workers.next_done() for _ in numbers)
+def results(workers, asked):
+    for number in asked:
+        workers.submit(number, numbers, "--ttft", str(number), [])
+    return dict(workers.next_done() for _ in asked)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +33,11 @@ def ray_cluster():
 
 
 def test_tasks_come_back_under_their_keys():
-    assert results(InProcess(), [1, 2, 3]) == {1: 1, 2: 2, 3: 6}
+    assert results(InProcess(), [1, 2, 3]) == {1: (1.0,), 2: (2.0,), 3: (3.0,)}
 
 
 def test_an_error_of_a_task_is_raised_as_it_is():
-    with open_workers(1) as workers, pytest.raises(ValueError, match="negative values"):
+    with open_workers(1) as workers, pytest.raises(ValueError, match="expected numbers above 0"):
         results(workers, [-1])
 
 
@@ -50,8 +49,8 @@ def test_fewer_than_one_job_is_refused():
 def test_ray_tasks_run_the_same_and_raise_the_same(ray_cluster):
     with open_workers(1, ray_cluster) as workers:
         assert workers.width == 2
-        assert results(workers, [1, 2, 3]) == {1: 1, 2: 2, 3: 6}
-        with pytest.raises(ValueError, match="negative values"):
+        assert results(workers, [1, 2, 3]) == {1: (1.0,), 2: (2.0,), 3: (3.0,)}
+        with pytest.raises(ValueError, match="expected numbers above 0"):
             results(workers, [-1])
 
 
