@@ -272,7 +272,8 @@ def validate(
         )
         say(f"wrote {report}")
     if json_file is not None:
-        _write_json(json_file, {"rows": [row for comparison in comparisons for row in comparison.rows()]})
+        rows = [row for comparison in comparisons for row in comparison.rows()]
+        _write_json(json_file, {"profile": engine.name, "trace": replay.name, "rows": rows})
 
 
 def _validate_rows(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -85,7 +86,7 @@ class Transformer:
 
     def __init__(self, shape: Shape, sequences: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         def weight(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, device=device, dtype=dtype).mul_(columns**-0.5)
+            return torch.randn(rows, columns, device=device, dtype=dtype) / math.sqrt(columns)
 
         self.shape = shape
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

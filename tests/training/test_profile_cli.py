@@ -79,7 +79,9 @@ def test_measure_and_replay_run_against_an_engine(tmp_path):
     assert replayed.exit_code == 0, replayed.output
     assert "3 requests of trace.parquet" in replayed.output
     assert load_engine(out).kv_capacity_tokens == 8000
-    assert {row["batch_cap"] for row in json.loads(figures.read_text())["rows"]} == {2, 4}
+    found = json.loads(figures.read_text())
+    assert (found["profile"], found["trace"]) == ("fake", "trace.parquet")
+    assert {row["batch_cap"] for row in found["rows"]} == {2, 4}
 
 
 @pytest.mark.parametrize(

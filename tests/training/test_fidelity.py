@@ -1,0 +1,26 @@
+import json
+
+import pytest
+
+from training.fidelity import NOTES_FROM, NOTES_TO, main, notes_of
+from training.fidelity_page import _live
+
+
+def test_the_written_part_of_the_page_is_kept(tmp_path):
+    page = tmp_path / "fidelity.md"
+    assert notes_of(page) == f"{NOTES_FROM}\n{NOTES_TO}"
+    page.write_text(f"table\n{NOTES_FROM}\n## Why\n{NOTES_TO}\nmore\n")
+    assert notes_of(page) == f"{NOTES_FROM}\n## Why\n{NOTES_TO}"
+
+
+def test_a_folder_without_measurements_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*silicon_e2e_ttft_tpot"):
+        main(["--reference", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replays_of_live_engines_become_rows(tmp_path):
+    row = {"batch_cap": 8, "quantity": "tpot_p50_s", "measured": 0.02, "simulated": 0.021, "error": 0.05}
+    file = tmp_path / "replay.json"
+    file.write_text(json.dumps({"profile": "mine", "trace": "t", "rows": [row | {"repeat_spread": None}]}))
+    assert "| mine | 8 | tpot_p50_s | 0.02 | 0.021 | +5.0% | - |" in _live([file])
