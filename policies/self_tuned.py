@@ -25,6 +25,8 @@ LEAST, MOST = 0.5, 3.0
 MEMORY_S = 300.0
 RISE = 0.4
 MOST_BURN = 20.0
+STUCK_S = 1800.0
+"""At its maxima for this long a fleet is too small for its load, whatever the headroom; before, it may be late."""
 SERVICE_LOADS = (
     *("arrival_rps", "prompt_tps", "prefill_tps", "generation_tps", "finished_rps", "queue_requests", "oldest_wait_s"),
 )
@@ -36,7 +38,7 @@ class SelfTunedPolicy:
     """A policy whose headroom an error budget moves, from 0.5 to 3.
 
     The headroom's logarithm falls by at most 0.2 an hour and rises by up to 8 an hour; by up to 1.6 while
-    replicas are starting, and not at all where every pool is at its maximum.
+    replicas are starting or every pool is at its maximum, and not at all after half an hour there.
 
     Args:
         policy: what proposes.
@@ -49,6 +51,8 @@ class SelfTunedPolicy:
         self.fleet = fleet
         self._budget = ErrorBudget(fleet, math.log(LEAST), math.log(MOST), memory_s=MEMORY_S, rise=RISE, most=MOST_BURN)
 
+        self._full_s = np.zeros(len(fleet))
+
     @property
     def headroom(self) -> Floats:
         """(n,) the factor in force."""
@@ -57,6 +61,7 @@ class SelfTunedPolicy:
     def reset(self, services: Bools | None = None) -> None:
         """Forget the budgets and the policy's history of the masked services."""
         self._budget.reset(services)
+        self._full_s[slice(None) if services is None else services] = 0.0
         self.policy.reset(services)
 
     def propose(self, observation: Observation) -> Target:
@@ -64,7 +69,9 @@ class SelfTunedPolicy:
         snapshot = observation.snapshot
         starting = total(np.nan_to_num(snapshot.replicas_starting)) > 0
         full = ~any_pool(np.nan_to_num(snapshot.replicas_target) < self.fleet.max_replicas)
-        factor = np.exp(self._budget.update(snapshot, patient=starting, stuck=full))
+        self._full_s = np.where(full, self._full_s + np.nan_to_num(snapshot.window_s), 0.0)
+        moved = self._budget.update(snapshot, patient=starting | full, stuck=self._full_s > STUCK_S)
+        factor = np.exp(moved)
         return self.policy.propose(heavier(observation, factor))
 
 

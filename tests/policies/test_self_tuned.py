@@ -47,7 +47,9 @@ def test_misses_in_bursts_leave_half_of_the_allowance_unspent() -> None:
 
 
 def test_it_does_not_wind_up_where_a_rise_can_change_nothing() -> None:
-    assert run(idle(), 400, ttft_attainment=0.0, replicas_target=100.0) == pytest.approx(1.0)
+    at_maximum = {"ttft_attainment": 0.94, "replicas_target": 100.0}  # a burn rate of 6: 2.2 an hour, of which 1.6
+    assert run(idle(), 120, **at_maximum) == pytest.approx(np.exp(1.6 * 0.5))  # half an hour, and then no more
+    assert run(idle(), 400, **at_maximum) == pytest.approx(np.exp(1.6 * 0.5))
     waiting = run(idle(), 20, ttft_attainment=0.0, replicas_starting=1.0)
     assert 1.0 < waiting == pytest.approx(np.exp(1.6 / 12.0))  # a fifth of the fastest rise
 
