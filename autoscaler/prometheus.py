@@ -248,7 +248,7 @@ class PrometheusSource:
         if state is None:
             ready = measured_ready
             target = measured_target
-            starting, draining = blank, np.where(exists, 0.0, 0.0)
+            starting, draining = blank, np.zeros_like(blank)
         else:
             ready = np.where(np.isnan(state.replicas_ready), measured_ready, state.replicas_ready)
             target = np.where(np.isnan(state.replicas_target), measured_target, state.replicas_target)

@@ -111,7 +111,7 @@ class CompositeActuator:
             raise PartlyFailed(failures)
 
     def state(self) -> FleetState:
-        """Counts of one, caps of the other. Replicas that drain at the gateway count as draining, not as ready."""
+        """Counts of one, caps of the other."""
         counts, caps = self.replicas.state(), self.batch_cap.state()
         owners = tuple(one or other for one, other in zip(counts.owners, caps.owners, strict=True))
         return replace(counts, batch_cap=caps.batch_cap, owners=owners, problems=(*counts.problems, *caps.problems))

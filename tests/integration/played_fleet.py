@@ -14,7 +14,8 @@ from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, pod_template
 from servers import KubeApiServer, Prometheus, free_port
 
 from autoscaler.actuators.kubernetes import DELETION_COST
-from autoscaler.emulated_engine import EmulatedEngine, EngineServer
+from autoscaler.emulated_engine import EmulatedEngine
+from autoscaler.emulated_server import EngineServer
 from policies.engine import EngineProfile
 
 LOOK_S = 0.3
