@@ -1,7 +1,8 @@
 """Where compiled kernels are kept, and a word to the user before the one slow compilation.
 
 Numba keys its cache by the file of each function alone, so an edit of a kernel that another one calls would go
-unnoticed. The folder used here is named after the contents of all kernel sources.
+unnoticed, and it compiles anew for a copy of the same sources at another path or of another time. The folder used here
+is named after all of these.
 Set ``JEVONS_CACHE_DIR`` to move it; a folder that cannot be written falls back to a temporary one.
 """
 
@@ -24,7 +25,8 @@ _MARKER = "compiled"
 def _folder() -> Path:
     digest = hashlib.sha256(f"{numba.__version__} {platform.python_version()} {platform.machine()}".encode())
     for name in KERNEL_SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        source = Path(__file__).resolve().with_name(name)
+        digest.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
     root = os.environ.get("JEVONS_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(root) / "jevons" / f"kernels-{digest.hexdigest()[:16]}"
     try:

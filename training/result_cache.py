@@ -21,7 +21,6 @@ _SOURCES = (
     "envs",
     "autoscaler/controller.py",
     "training/clairvoyant.py",
-    "training/lineup.py",
     "training/replay.py",
     "training/scores.py",
     "training/timetable.py",
