@@ -12,7 +12,7 @@ BENCH_ROWS = {
     "simulator_requests_per_s_200000": ("Simulated requests per CPU-second, 8 replicas", "{:,.0f}"),
     "simulator_requests_per_s_64_replicas": ("Simulated requests per CPU-second, 64 replicas", "{:,.0f}"),
     "env_overhead_us_per_step_512": ("Environment step beside the kernel, 512 environments", "{:.1f} us"),
-    "env_steps_per_s_512": ("Environment steps per CPU-second, 512 environments, about 50 requests a step", "{:,.0f}"),
+    "env_steps_per_s_512": ("Environment steps per CPU-second, 512 environments, about 20 requests a step", "{:,.0f}"),
     "ppo_steps_per_s_native": ("PPO.learn steps per CPU-second, native", "{:,.0f}"),
     "ppo_native_over_dummy": ("the same over DummyVecEnv", "{:.1f}x"),
     "ppo_env_share_of_time_native": ("share of that time in the environment", "{:.0%}"),
