@@ -75,6 +75,18 @@ class Access:
     detail: str
 
 
+class Refused(RuntimeError):  # noqa: N818 - reads as the state that it reports
+    """Raised when a server refused or did not answer.
+
+    Attributes:
+        status: HTTP status; 0 when there was no answer.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class PartlyFailed(ActuationFailed):
     """Raised when a target could not be carried out for some services; the others are done.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from autoscaler.actuators.base import Refused
 from policies.engine import Positive, StrictModel
 
 if TYPE_CHECKING:
@@ -36,16 +37,8 @@ class KubeConnection(StrictModel):
     deadline_s: Positive = Field(default=8.0, description="Longest time for one operation, retries included.")
 
 
-class KubeError(RuntimeError):
-    """Raised when the API server refused or did not answer.
-
-    Attributes:
-        status: HTTP status; 0 when there was no answer.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+class KubeError(Refused):
+    """Raised when the API server refused or did not answer."""
 
 
 class KubeApi:

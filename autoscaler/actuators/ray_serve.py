@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, pools_of, wanted
+from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, Refused, pools_of, wanted
 from policies.contract import Target
 from policies.engine import Positive, StrictModel
 from policies.spec import ScalingSpec
@@ -57,16 +57,8 @@ class RayServeConfig(StrictModel):
     deadline_s: Positive = Field(default=15.0, description="Longest time for one operation, retries included.")
 
 
-class ServeError(RuntimeError):
-    """Raised when Serve refused or did not answer.
-
-    Attributes:
-        status: HTTP status; 0 when there was no answer.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+class ServeError(Refused):
+    """Raised when Serve refused or did not answer."""
 
 
 class RayServeActuator:

@@ -81,7 +81,7 @@ class ReactivePolicy:
         """The demand with headroom, over the pools; a blind window keeps what is there."""
         snapshot, fleet = observation.snapshot, self._fleet
         placed = self._placement.current(snapshot)
-        blind = snapshot.blind()
+        blind = observation.blind
         tokens, occupancy = observation.demand_tokens, observation.demand_occupancy
         demand = {
             "tokens": tokens,

@@ -161,7 +161,7 @@ class SinglePoolPolicy:
         snapshot = observation.snapshot
         placed = self._placement.current(snapshot)
         service = Service.of(snapshot, self.fleet, placed)
-        due = self._tick.due(snapshot.time_s, ~snapshot.blind())
+        due = self._tick.due(snapshot.time_s, ~observation.blind)
         wish = self.wish(service, observation, due)
         wish = np.clip(wish, service.minimum, service.maximum)
         moved = due & ~np.isnan(wish) & (self.replaces | (wish != service.current))

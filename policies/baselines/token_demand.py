@@ -58,7 +58,7 @@ class TokenDemandPolicy:
         n = len(self._fleet)
         snapshot = observation.snapshot
         placed = self._placement.current(snapshot)
-        blind = snapshot.blind()[:, np.newaxis]
+        blind = observation.blind[:, np.newaxis]
         keep = np.exp(-np.nan_to_num(snapshot.window_s) / self.memory_s)[:, np.newaxis]
         moved = keep * self._mean + (1.0 - keep) * observation.demand
         moved = np.where(np.isnan(self._mean), observation.demand, moved)

@@ -73,7 +73,7 @@ class VariantPolicy:
         self._kv.add(time_s, snapshot.kv_cache_usage)
         self._queue.add(time_s, queue)
         kv_most, queue_most = self._kv.most(time_s), self._queue.most(time_s)
-        known = ~(snapshot.blind() | np.isnan(snapshot.kv_cache_usage + queue + ready).any(axis=1))
+        known = ~(observation.blind | np.isnan(snapshot.kv_cache_usage + queue + ready).any(axis=1))
         due = self._tick.due(time_s, known)
         settled = np.isnan(self._desired).any(axis=1) | (self._desired == placed).all(axis=1)
         if (due & settled).any():
