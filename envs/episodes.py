@@ -23,7 +23,7 @@ from policies.fleet import Fleet
 from policies.objective import Objective, attainment
 
 STAGGER_GROUPS = 8
-BURN_LIMIT = 10.0
+FOLLOWING_STEP_S = 300.0
 
 
 class EpisodeSpec(StrictModel):
@@ -34,7 +34,12 @@ class EpisodeSpec(StrictModel):
         default=(0.8, 4.0), description="Replicas at the start over the demand: below 1 starts in overload."
     )
     log_miss_price_spread: Annotated[float, Field(ge=0)] = Field(
-        default=1.5, description="Half-width of the uniform spread of the log price of a miss between episodes."
+        default=2.9, description="Half-width of the uniform spread of the log price of a miss between episodes."
+    )
+    usual_miss_rate: Annotated[float, Field(ge=0)] = Field(
+        default=0.03,
+        description="Miss rate at which misses weigh as much as the bill in the scale of the reward, whatever their "
+        "price: episodes at a high price must not drown those at a low one.",
     )
     reward_scale: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Factor on the reward.")
     miss_limit: Annotated[float, Field(gt=0)] = Field(
@@ -48,7 +53,7 @@ class StepResult(NamedTuple):
     observation: Observation
     reward: Floats
     truncated: Bools
-    terms: dict[str, Floats]  # cost terms over the mean cost of serving, before scaling; attainment so far; burn rate
+    terms: dict[str, Floats]  # cost terms over the cost of following the demand, before scaling; attainment so far
 
 
 class Episodes:
@@ -163,14 +168,10 @@ class Episodes:
         pools = bank.pools[scenario]
         self._bill_per_node[services] = pools["bill_per_node"] > 0
         self._node_gpus[services] = pools["slots_per_node"] * bank.fleet.gpus[scenario]
-        totals = bank.library.totals(first, end)
-        demand = steady_demand(drawn, totals, np.full(k, self.length_s))
-        serving = np.where(drawn.exists, demand * drawn.usd_per_replica_s, np.inf).min(axis=1)
+        demand = steady_demand(drawn, bank.library.totals(first, end), np.full(k, self.length_s))
         interval_s = bank.interface.window.control_interval_s
-        # An almost idle slice still needs a replica: the floor keeps rewards comparable.
-        floor = np.where(drawn.exists, drawn.usd_per_replica_s, np.inf).min(axis=1) * 0.5
-        self._window_usd[services] = np.maximum(serving, floor) * interval_s
-        arrivals = np.maximum(totals[:, 0] * interval_s / self.length_s, 0.05)
+        self._window_usd[services] = self._following_usd_per_s(drawn, traces, origin_s) * interval_s
+        arrivals = np.maximum((end - first) * interval_s / self.length_s, 0.05)
         self._window_arrivals[services] = arrivals
         self._request_usd[services] = self._window_usd[services] / arrivals
 
@@ -193,6 +194,22 @@ class Episodes:
         self._missed[services] = 0.0
         self._step[services] = 0
 
+    def _following_usd_per_s(self, fleet: Fleet, traces: Ints, origin_s: Floats) -> Floats:
+        """(k,) price of a fleet that follows the slices' demand in steps of a few minutes, on its cheapest pool.
+
+        The unit of all costs: a world whose traffic comes in bursts costs several times its mean demand under any
+        policy, and must not count several times.
+        """
+        blocks = max(round(self.length_s / FOLLOWING_STEP_S), 1)
+        step_s = self.length_s / blocks
+        edges = self.bank.library.rows(traces, origin_s + step_s * np.arange(blocks + 1)[:, np.newaxis])
+        usd_per_s = np.zeros(len(traces))
+        for first, end in zip(edges[:-1], edges[1:], strict=True):
+            demand = steady_demand(fleet, self.bank.library.totals(first, end), np.full(len(traces), step_s))
+            replicas = np.where(fleet.exists, np.maximum(np.ceil(demand), 1.0), np.inf)
+            usd_per_s += (replicas * np.where(fleet.exists, fleet.usd_per_replica_s, 1.0)).min(axis=1)
+        return usd_per_s / blocks
+
     def _reward(self) -> tuple[Floats, dict[str, Floats]]:
         usage = self.cluster.window_usage()
         total = self.cluster.usage()
@@ -208,19 +225,15 @@ class Episodes:
             "misses": cost.miss_usd / unit,
             "churn": cost.churn_usd / unit,
             "attainment": attainment(total),
-            # Misses over allowed misses, bounded so that worlds that nobody could hold do not drown the others.
-            "burn": np.minimum(new_misses / (self._window_arrivals * (1.0 - self.fleet.attainment_target)), BURN_LIMIT),
         }
-        reward = -self.spec.reward_scale * (terms["provisioned"] + terms["misses"] + terms["churn"])
+        reward = -self.spec.reward_scale * self.weight * (terms["provisioned"] + terms["misses"] + terms["churn"])
         return reward, terms
 
-    def violating_share(self) -> float:
-        """Share of the episodes in their second half that have missed their attainment target so far; 0 of none."""
-        late = 2 * self._step > self._last_step
-        attained = attainment(self.cluster.usage())
-        judged = late & ~np.isnan(attained)
-        violating = judged & (attained < self.fleet.attainment_target)
-        return float(violating.sum() / max(int(judged.sum()), 1))
+    @property
+    def weight(self) -> Floats:
+        """(n,) factor on the costs of each episode, by its price of a miss; leaves its best policy as it is."""
+        weight: Floats = 1.0 / (1.0 + self.spec.usual_miss_rate * np.exp(self.fleet.log_miss_price))
+        return weight
 
     @property
     def features(self) -> Features:

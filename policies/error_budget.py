@@ -1,13 +1,15 @@
-"""A slow controller that moves a policy's caution at run time from the measured attainment.
+"""Slow controllers that move a policy's caution at run time from the measured attainment.
 
-Hindsight tuning is what operators don't have: instead of a constant margin, the margin follows the error budget. When
-misses spend it faster than allowed the dial rises at once; while there is slack it falls slowly.
+Hindsight tuning is what operators don't have: instead of a constant margin, the margin follows the error budget.
+`BudgetDial` puts a dial where the spent share of the budget says, for a policy that has learned what every position of
+its dial costs. `ErrorBudget` moves a dial up or down from where it stands, for a policy whose right margin nobody knows.
 This module must not know what the dial means to the policy that reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,96 @@ AIM = 0.5
 """Share of the allowance that may be spent: what is left absorbs the next burst."""
 PATIENCE = 0.2
 """Share of the fastest rise that is left while an earlier one has not taken effect."""
+
+
+class Verdicts(NamedTuple):
+    """Requests judged in one window, (n,) each."""
+
+    requests: Floats
+    missed: Floats
+    known: Bools  # False where nothing was measured
+
+
+def judged(snapshot: Snapshot, fleet: Fleet) -> Verdicts:
+    """How many requests of a window count, and how many of them missed their objectives."""
+    attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
+    count = np.nan_to_num(snapshot.finished_rps * snapshot.window_s)
+    # Nothing finishes and someone has waited too long: what arrives is missed, though nobody has counted it yet.
+    stalled = (snapshot.finished_rps == 0) & (snapshot.oldest_wait_s > fleet.ttft_slo_s)
+    attained = np.where(stalled, 0.0, attained)
+    count = np.where(stalled, np.nan_to_num(snapshot.arrival_rps * snapshot.window_s), count)
+    known = ~np.isnan(attained) & (count > 0)
+    return Verdicts(count, count * (1.0 - np.nan_to_num(attained, nan=1.0)), known)
+
+
+class BudgetDial:
+    """A dial per service between two ends, as far up as the error budget is spent.
+
+    Nothing missed is the low end, the whole allowance the high one; in between the dial is linear. So it settles where
+    the policy misses about as much as the position of the dial says, always within the allowance if the policy can.
+    Misses and requests are remembered for some hours. What was before the first request is unknown: `PRIOR` of the
+    budget counts as spent over `PRIOR_S` of traffic, and is forgotten like the rest.
+
+    Args:
+        fleet: attainment targets of the services.
+        low: the dial with nothing spent.
+        high: the dial with all, or more, spent.
+    """
+
+    MEMORY_S = 4 * 3600.0
+    PRIOR = 0.6
+    PRIOR_S = 1800.0
+
+    def __init__(self, fleet: Fleet, low: float, high: float) -> None:
+        self.fleet = fleet
+        self.low = low
+        self.high = high
+        n = len(fleet)
+        # Fading sums of the windows that were measured: requests missed and counted, and their seconds.
+        self._missed, self._counted, self._seconds = np.zeros(n), np.zeros(n), np.zeros(n)
+        self._prior_s = np.full(n, self.PRIOR_S)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the masked services, all when None."""
+        rows = slice(None) if services is None else services
+        for array in (self._missed, self._counted, self._seconds):
+            array[rows] = 0.0
+        self._prior_s[rows] = self.PRIOR_S
+
+    def state(self) -> dict[str, Floats]:
+        """What is remembered, (n,) each."""
+        return {
+            "missed": self._missed,
+            "counted": self._counted,
+            "seconds": self._seconds,
+            "prior_s": self._prior_s,
+        }
+
+    def restore(self, state: Mapping[str, Floats]) -> None:
+        """Go on from what `state` returned."""
+        self._missed, self._counted, self._seconds, self._prior_s = (
+            np.array(state[name], np.float64) for name in ("missed", "counted", "seconds", "prior_s")
+        )
+
+    @property
+    def spent(self) -> Floats:
+        """(n,) share of the error budget that is spent, at least 0; above 1 where it is overdrawn."""
+        allowed = 1.0 - self.fleet.attainment_target
+        rate = np.divide(self._counted, self._seconds, out=np.ones_like(self._counted), where=self._seconds > 0)
+        before = rate * self._prior_s  # requests that the prior stands for
+        spent: Floats = (self._missed / allowed + self.PRIOR * before) / (self._counted + before)
+        return spent
+
+    def update(self, snapshot: Snapshot) -> Floats:
+        """Account for one window; the dial (n,). Windows without a measurement change nothing."""
+        window = judged(snapshot, self.fleet)
+        seconds = np.where(window.known, np.nan_to_num(snapshot.window_s), 0.0)
+        keep = np.exp(-seconds / self.MEMORY_S)
+        self._missed = keep * self._missed + np.where(window.known, window.missed, 0.0)
+        self._counted = keep * self._counted + np.where(window.known, window.requests, 0.0)
+        self._seconds = keep * self._seconds + seconds
+        self._prior_s = keep * self._prior_s
+        return self.low + (self.high - self.low) * np.minimum(self.spent, 1.0)
 
 
 class ErrorBudget:
@@ -91,15 +183,8 @@ class ErrorBudget:
                 that the misses of one cold start don't drive it to its limit.
             stuck: (n,) where a rise could change nothing: the dial does not rise, so that it need not come down later.
         """
-        attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
+        count, missed, known = judged(snapshot, self.fleet)
         seconds = np.nan_to_num(snapshot.window_s)
-        count = np.nan_to_num(snapshot.finished_rps * snapshot.window_s)
-        # Nothing finishes and someone has waited too long: what arrives is missed, though nobody has counted it yet.
-        stalled = (snapshot.finished_rps == 0) & (snapshot.oldest_wait_s > self.fleet.ttft_slo_s)
-        attained = np.where(stalled, 0.0, attained)
-        count = np.where(stalled, np.nan_to_num(snapshot.arrival_rps * snapshot.window_s), count)
-        known = ~np.isnan(attained) & (count > 0)
-        missed = count * (1.0 - np.nan_to_num(attained, nan=1.0))
         self._missed, self._missed_s = self._remember(
             self._missed, self._missed_s, missed, seconds, known, self.memory_s
         )

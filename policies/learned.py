@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from policies.action import ACTIONS, decode_action
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.engine import StrictModel
-from policies.error_budget import ErrorBudget
+from policies.error_budget import BudgetDial
 from policies.fleet import Fleet
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
@@ -156,7 +156,7 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy:
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, follows the error budget of each service within the trained range.
+    The dial of the network, the price of a miss, stands as far up its trained range as the error budget is spent.
 
     Args:
         bundle: verified weights and manifest.
@@ -191,20 +191,20 @@ class LearnedPolicy:
             raise BundleMismatch(f"{bundle.source}: the network cannot be run: {reason}") from None
         self._fleet = fleet
         self._interface = interface
-        span = bundle.manifest.log_miss_price_span
-        self._budget = ErrorBudget(fleet, low=-span, high=span)
+        middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
+        self._dial = BudgetDial(fleet, low=middle - span, high=middle + span)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""
-        self._budget.reset(services)
+        self._dial.reset(services)
 
     def state(self) -> dict[str, Floats]:
         """The error budgets, (n,) each."""
-        return self._budget.state()
+        return self._dial.state()
 
     def restore(self, state: Mapping[str, Floats]) -> None:
         """Go on from what `state` returned."""
-        self._budget.restore(state)
+        self._dial.restore(state)
 
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 3) in -1..1 for features (n, F)."""
@@ -226,8 +226,8 @@ class LearnedPolicy:
         return np.asarray(excess.max(axis=1))
 
     def propose(self, observation: Observation) -> Target:
-        """The network's wish with the dial where the error budget has moved it."""
-        dial = self.bundle.manifest.log_miss_price + self._budget.update(observation.snapshot)
+        """The network's wish with the dial where the error budget has put it."""
+        dial = self._dial.update(observation.snapshot)
         features = observation.features.copy()
         features[:, MISS_PRICE_COLUMN] = encode_miss_price(dial)
         return decode_action(self.outputs(features), observation, self._fleet, self._interface.action)

@@ -1,4 +1,4 @@
-"""What happens between rollouts: the price of a miss, validation, checkpoints, curves.
+"""What happens between rollouts: validation, checkpoints, curves.
 
 This module must not know where worlds come from or where policies go.
 """
@@ -19,9 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from envs.episodes import Episodes
 from envs.vector_env import AutoscalingVecEnv
 from policies.contract import Floats
-from policies.learned import MISS_PRICE_COLUMN
-from policies.observation import encode_miss_price
-from training.train_config import LagrangeSpec, TrainConfig
+from training.train_config import TrainConfig
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -36,11 +34,9 @@ class RunState:
 
     steps: int = 0
     checkpoint: str = ""
-    log_miss_price: float = 0.0
     best: str = ""
     best_score: float = float("inf")
     best_steps: int = 0
-    best_log_miss_price: float = 0.0
     stale_validations: int = 0
     seconds: float = 0.0
     mlflow_run_id: str = ""
@@ -94,8 +90,9 @@ class RunState:
 class Validator:
     """Judges a network on the same held-out episodes every time.
 
-    The score is the mean cost over the mean cost of serving (provisioned, misses at the fixed price, churn): lower is
-    better. Training reward is useless as a measure of progress: its price of a miss moves.
+    The score is the mean weighted cost (provisioned, misses, churn), each episode at a price of a miss of its own, so
+    the whole frontier counts: lower is better. Training reward is useless as a measure of progress: it is noisy, and
+    explores.
 
     Args:
         episodes: held-out episodes.
@@ -118,7 +115,7 @@ class Validator:
             features = result.observation.features
             attained = result.terms["attainment"]
             for name in totals:
-                totals[name] += float(result.terms[name].mean()) / episodes.spec.steps
+                totals[name] += float((episodes.weight * result.terms[name]).mean()) / episodes.spec.steps
         known = ~np.isnan(attained)
         target = episodes.fleet.attainment_target
         return {
@@ -130,7 +127,7 @@ class Validator:
 
 
 class TrainingMonitor(BaseCallback):
-    """Adapts the price of a miss, validates, keeps the best network, checkpoints, logs; stops without progress.
+    """Validates, keeps the best network, checkpoints, logs; stops without progress.
 
     Args:
         config: of the run.
@@ -159,17 +156,11 @@ class TrainingMonitor(BaseCallback):
         self.on_progress = on_progress
         self._terms: dict[str, float] = {}
         self._windows = 0
-        self._missed = 0.0
-        self._violating = 0.0
         self._started_s = time.perf_counter() - state.seconds
         self._rollout_started_s = time.perf_counter()
         self._env_s = 0.0
         self._next_validation = 0
         self._next_checkpoint = 0
-
-    def _init_callback(self) -> None:
-        # Before the learner's first reset, which draws the first episodes' prices.
-        self.env.episodes.log_miss_price = self.state.log_miss_price
 
     @property
     def stopped(self) -> bool:
@@ -196,8 +187,6 @@ class TrainingMonitor(BaseCallback):
         for name in ("provisioned", "misses", "churn"):
             self._terms[name] = self._terms.get(name, 0.0) + float(env.terms[name].mean())
         self._windows += 1
-        self._missed += float(env.terms["burn"].mean())
-        self._violating += env.episodes.violating_share()
         self.on_progress(self.model.num_timesteps)
         return not self.stopped
 
@@ -207,19 +196,14 @@ class TrainingMonitor(BaseCallback):
         state.steps = model.num_timesteps
         state.seconds = time.perf_counter() - self._started_s
         self._remember_range(model.rollout_buffer.observations)  # type: ignore[attr-defined]
-        violating = self._violating / self._windows
-        self._adapt_price(self.config.lagrange, violating)
         now_s = time.perf_counter()
         metrics = {f"train/{name}": value / self._windows for name, value in self._terms.items()}
         metrics |= {
-            "train/burn_rate": self._missed / self._windows,
-            "train/violating_share": violating,
-            "train/miss_price": float(np.exp(state.log_miss_price)),
             "train/env_time_share": (self.env.step_s - self._env_s) / (now_s - self._rollout_started_s),
             "train/steps_per_second": self._windows * self.env.num_envs / (now_s - self._rollout_started_s),
         }
         self._env_s, self._rollout_started_s = self.env.step_s, now_s
-        self._terms, self._windows, self._missed, self._violating = {}, 0, 0.0, 0.0
+        self._terms, self._windows = {}, 0
         self.log(metrics, state.steps)
 
     def _on_training_end(self) -> None:
@@ -235,21 +219,13 @@ class TrainingMonitor(BaseCallback):
             self.checkpoint()
 
     def validate(self) -> dict[str, float]:
-        """Judge the network with the dial as it will be exported; keep it when it is the best so far."""
+        """Judge the network; keep it when it is the best so far."""
         state = self.state
         started_s = time.perf_counter()
-        dial = encode_miss_price(np.array(state.log_miss_price))
-
-        def act(features: np.ndarray) -> np.ndarray:
-            features = features.copy()
-            features[:, MISS_PRICE_COLUMN] = dial
-            return self.model.predict(features, deterministic=True)[0]
-
-        result = self.validator.run(act)
+        result = self.validator.run(lambda features: self.model.predict(features, deterministic=True)[0])
         state.curve.append({"steps": float(state.steps), **result})
         if result["score"] < state.best_score:
             state.best_score, state.best_steps, state.stale_validations = result["score"], state.steps, 0
-            state.best_log_miss_price = state.log_miss_price
             state.best = self._save_network("best")
             self.checkpoint()
         else:
@@ -281,12 +257,3 @@ class TrainingMonitor(BaseCallback):
             low = np.minimum(low, state.feature_low)
             high = np.maximum(high, state.feature_high)
         state.feature_low, state.feature_high = low.tolist(), high.tolist()
-
-    def _adapt_price(self, spec: LagrangeSpec, violating: float) -> None:
-        """Ascent on the multiplier: up while more episodes than allowed violate their target, down while fewer."""
-        if spec.enabled:
-            low, high = np.log(spec.limits)
-            push = np.clip(violating / spec.violating_share - 1.0, -1.0, 1.0)
-            moved = self.state.log_miss_price + spec.rate * push
-            self.state.log_miss_price = float(np.clip(moved, low, high))
-            self.env.episodes.log_miss_price = self.state.log_miss_price

@@ -1,7 +1,7 @@
 """The learning recipe, readable from top to bottom.
 
-Worlds are drawn, PPO learns in many of them at once from a guarded rule on, the price of a miss follows the attainment
-constraint, held-out times and worlds decide which network is kept. Every run is in MLflow.
+Worlds are drawn, PPO learns in many of them at once from a guarded rule on, each episode at a price of a miss of its own,
+which the network sees; held-out times and worlds decide which network is kept. Every run is in MLflow.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def train_seed(
         check_same(config, folder / "config.yaml")
         state = RunState.load(folder)
     else:
-        state = RunState(log_miss_price=float(np.log(config.objective.miss_price)))
+        state = RunState()
     client = connect(config.tracking_uri)
     bundle, known_run = folder / BUNDLE_FILE, _run_exists(client, state.mlflow_run_id)
     if state.bundle_digest and known_run and bundle.is_file() and load_bundle(bundle).digest == state.bundle_digest:
@@ -158,9 +158,8 @@ def _learn(
     bar: Any,
 ) -> None:
     """Everything between the start of a seed, or where its checkpoint left it, and its best network."""
-    held_out = config.episodes.model_copy(update={"log_miss_price_spread": 0.0})
-    part = (config.train_share, 1.0)
-    validator = Validator(Episodes(bank, config.validation.episodes, held_out, VALIDATION_SEED, part), VALIDATION_SEED)
+    held_out = Episodes(bank, config.validation.episodes, config.episodes, VALIDATION_SEED, (config.train_share, 1.0))
+    validator = Validator(held_out, VALIDATION_SEED)
     env = AutoscalingVecEnv(bank, config.ppo.num_envs, config.episodes, seed=seed, part=(0.0, config.train_share))
     model = PPO.load(folder / state.checkpoint, env, device="cpu") if state.checkpoint else new_model(config, env, seed)
     # A resumed run draws new episodes: those before the interruption are learned from already. Making or loading a
@@ -258,7 +257,7 @@ def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: R
         actions=ACTIONS,
         feature_low=tuple(state.feature_low),
         feature_high=tuple(state.feature_high),
-        log_miss_price=state.best_log_miss_price,
+        log_miss_price=float(np.log(config.objective.miss_price)),
         log_miss_price_span=config.episodes.log_miss_price_spread,
         provenance={
             "code_version": code_version(),

@@ -40,24 +40,6 @@ class PpoSpec(StrictModel):
         return self
 
 
-class LagrangeSpec(StrictModel):
-    """The price of a miss, adapted so that the attainment constraint just holds."""
-
-    enabled: bool = Field(default=True, description="Adapt the price of a miss; else it stays at its start.")
-    rate: Positive = Field(default=0.05, description="Change of the log price per rollout and unit of violation.")
-    violating_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2,
-        description="Share of episodes that may violate their target: some random worlds cannot be held by anyone.",
-    )
-    limits: tuple[Positive, Positive] = Field(default=(1.0, 400.0), description="Lowest and highest price.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> LagrangeSpec:
-        if self.limits[0] > self.limits[1]:
-            raise ValueError(f"limits: the lowest price {self.limits[0]} is above the highest {self.limits[1]}")
-        return self
-
-
 class ValidationSpec(StrictModel):
     """Progress on worlds and times kept out of training."""
 
@@ -90,7 +72,6 @@ class TrainConfig(StrictModel):
     guardrails: GuardrailSpec = Field(default=GuardrailSpec(), description="Limits in force during training.")
     objective: ObjectiveSpec = Field(default=ObjectiveSpec(), description="What counts as cost.")
     ppo: PpoSpec = Field(default=PpoSpec(), description="The learner.")
-    lagrange: LagrangeSpec = Field(default=LagrangeSpec(), description="The price of a miss.")
     validation: ValidationSpec = Field(default=ValidationSpec(), description="Progress and early stopping.")
     warm_start: WarmStartSpec | None = Field(default=WarmStartSpec(), description="Start from a guarded rule.")
 

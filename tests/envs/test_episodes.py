@@ -122,8 +122,9 @@ def test_the_reward_is_minus_the_scaled_sum_of_its_cost_terms() -> None:
     for action in actions(32, SHORT.steps):
         result = episodes.step(action)
         terms = result.terms
-        assert set(terms) == {"provisioned", "misses", "churn", "attainment", "burn"}
-        expected = -scale * (terms["provisioned"] + terms["misses"] + terms["churn"])
+        assert set(terms) == {"provisioned", "misses", "churn", "attainment"}
+        weight = 1.0 / (1.0 + SHORT.usual_miss_rate * np.exp(episodes.fleet.log_miss_price))
+        expected = -scale * weight * (terms["provisioned"] + terms["misses"] + terms["churn"])
         np.testing.assert_allclose(result.reward, expected, rtol=1e-12)
         for name in seen:
             assert (terms[name] >= 0.0).all()
@@ -131,17 +132,17 @@ def test_the_reward_is_minus_the_scaled_sum_of_its_cost_terms() -> None:
     assert min(seen.values()) > 0.0, "a term that is always zero is not tested"
 
 
-def test_rewards_of_an_idle_hour_are_the_replicas_in_units_of_the_floor() -> None:
-    """Without traffic the unit is half a replica; one replica with 15 % overhead costs 2.3 of it, scaled by 0.1."""
+def test_rewards_of_an_idle_hour_are_the_replicas_in_units_of_one() -> None:
+    """Without traffic the unit is one replica; one with 15 % overhead, at the price of 20 for a miss, scaled by 0.1."""
     quiet = Trace.from_arrays(arrival_s=[0.0], prompt_tokens=[1], output_tokens=[1], duration_s=4000.0)
     world = one_world(quiet, max_replicas=1)
-    episodes = Episodes(world, 1, SHORT, 5, part=(0.5, 1.0))
+    spec = SHORT.model_copy(update={"log_miss_price_spread": 0.0})
+    episodes = Episodes(world, 1, spec, 5, part=(0.5, 1.0))
     episodes.reset()
     for action in actions(1, 4):
         result = episodes.step(action)
-        assert result.reward == pytest.approx([-0.23], abs=1e-12)
+        assert result.reward == pytest.approx([-0.115 / (1.0 + 0.03 * 20.0)], abs=1e-12)
         assert np.isnan(result.terms["attainment"]).all()
-        assert result.terms["burn"].tolist() == [0.0]
 
 
 def test_misses_are_counted_once_each_and_never_taken_back() -> None:
@@ -153,7 +154,7 @@ def test_misses_are_counted_once_each_and_never_taken_back() -> None:
     counted = most = 0.0
     for action in actions(1, 30):
         result = episodes.step(action)
-        # The price of a miss is 20 mean costs of a request; the unit of the terms is the mean cost of a window.
+        # The price of a miss is 20 costs of a request; the unit of the terms is the cost of a window.
         counted += result.terms["misses"][0] / 20.0 * episodes._window_arrivals[0]
         usage = episodes.cluster.usage()
         most = max(most, float((usage.finished - usage.good + usage.rejected + usage.overdue)[0]))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.contract import take_rows
-from policies.error_budget import ErrorBudget
+from policies.error_budget import BudgetDial, ErrorBudget
 from policies.fleet import Fleet
 from policies.spec import Slo
 
@@ -120,3 +120,61 @@ def test_services_do_not_touch_each_other(seed: int) -> None:
         apart = [one.update(take_rows(seen, np.array([row])))[0] for row, one in enumerate(alone)]
         assert together.tolist() == pytest.approx(apart, abs=1e-12)
         assert (np.abs(together) <= 1.5).all()
+
+
+# The dial that stands where the spent share says.
+
+
+def dial_after(dial: BudgetDial, windows: int, attained: float) -> float:
+    position = np.array([np.nan])
+    for _ in range(windows):
+        position = dial.update(snapshot(ttft_attainment=attained))
+    return float(position[0])
+
+
+def test_the_dial_starts_at_the_prior_and_one_window_hardly_moves_it() -> None:
+    dial = BudgetDial(fleet(), -1.0, 1.0)
+    assert dial.spent == pytest.approx([0.6])
+    # 30 requests a window of 15 s; the prior stands for half an hour of them, less what has faded.
+    before = 2.0 * 1800.0 * np.exp(-15.0 / 14_400.0)
+    spent = (0.3 / 0.01 + 0.6 * before) / (30.0 + before)
+    assert dial.update(snapshot(ttft_attainment=0.99)) == pytest.approx([2.0 * spent - 1.0])
+
+
+@pytest.mark.parametrize(("attained", "expected"), [(1.0, -1.0), (0.995, 0.0), (0.99, 1.0), (0.5, 1.0)])
+def test_in_the_long_run_it_stands_at_the_share_of_the_allowance_that_is_missed(
+    attained: float, expected: float
+) -> None:
+    assert dial_after(BudgetDial(fleet(), -1.0, 1.0), 30 * WINDOWS_PER_HOUR, attained) == pytest.approx(expected, abs=1e-2)
+
+
+def test_an_overdrawn_budget_is_paid_back_before_the_dial_comes_down() -> None:
+    dial = BudgetDial(fleet(), -1.0, 1.0)
+    dial_after(dial, 20, 0.0)
+    assert dial.spent[0] > 10.0
+    assert dial_after(dial, WINDOWS_PER_HOUR, 1.0) == 1.0
+    assert dial_after(dial, 20 * WINDOWS_PER_HOUR, 1.0) < -0.5
+
+
+@pytest.mark.parametrize("window", [missing(), snapshot(finished_rps=0.0), snapshot(finished_rps=np.nan)])
+def test_a_window_without_a_measurement_leaves_the_dial(window: object) -> None:
+    dial = BudgetDial(fleet(), -1.0, 1.0)
+    before = dial_after(dial, 20, 0.97)
+    assert dial.update(window).tolist() == [before]  # type: ignore[arg-type]
+
+
+def test_requests_that_wait_too_long_while_nothing_finishes_are_missed() -> None:
+    dial = BudgetDial(fleet(), -1.0, 1.0)
+    stalled = snapshot(finished_rps=0.0, ttft_attainment=np.nan, oldest_wait_s=60.0)
+    for _ in range(10):
+        position = dial.update(stalled)
+    assert position.tolist() == [1.0]
+
+
+def test_a_restored_dial_goes_on() -> None:
+    dial, other = BudgetDial(fleet(), -1.0, 1.0), BudgetDial(fleet(), -1.0, 1.0)
+    dial_after(dial, 50, 0.995)
+    other.restore({name: array.copy() for name, array in dial.state().items()})
+    assert dial_after(other, 5, 1.0) == dial_after(dial, 5, 1.0)
+    dial.reset()
+    assert dial.spent == pytest.approx([0.6])

@@ -349,8 +349,8 @@ def proposed(learned: LearnedPolicy, attained: float, windows: int) -> int:
 
 def test_misses_move_the_dial_up_to_the_trained_span_and_calm_moves_it_down() -> None:
     start = proposed(policy(dial_network(), log_miss_price_span=0.0), 1.0, 1)
-    calm = proposed(policy(dial_network()), 1.0, 300)
-    burning = proposed(policy(dial_network()), 0.0, 300)
+    calm = proposed(policy(dial_network()), 1.0, 8000)
+    burning = proposed(policy(dial_network()), 0.0, 8000)
     assert calm < start < burning
     for wish, dial in ((start, 3.0), (calm, 2.0), (burning, 4.0)):
         action = np.array([[0.5 * encode_miss_price(np.array(dial)), 0.0, 0.0]])
@@ -372,13 +372,13 @@ def test_the_dial_replaces_the_feature_and_leaves_the_observation_alone() -> Non
 
 def test_reset_returns_the_dial_of_the_masked_services_only() -> None:
     learned = policy(dial_network(), 2)
-    burning = observation(snapshot(2, ttft_attainment=0.0), demand=4.0)
-    for _ in range(100):
-        moved = learned.propose(burning).replicas
+    calm = observation(snapshot(2, ttft_attainment=1.0), demand=4.0)
+    for _ in range(1000):
+        moved = learned.propose(calm).replicas
     learned.reset(np.array([True, False]))
-    fresh = policy(dial_network(), 2).propose(burning).replicas
-    assert fresh[0, 0] < moved[0, 0]
-    assert learned.propose(burning).replicas[:, 0].tolist() == [fresh[0, 0], moved[1, 0]]
+    fresh = policy(dial_network(), 2).propose(calm).replicas
+    assert fresh[0, 0] > moved[0, 0]
+    assert learned.propose(calm).replicas[:, 0].tolist() == [fresh[0, 0], moved[1, 0]]
 
 
 def test_distance_counts_the_widths_outside_the_training_range() -> None:

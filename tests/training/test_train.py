@@ -18,7 +18,7 @@ from policies.action import ACTIONS
 from policies.engine import ConfigError
 from policies.learned import MISS_PRICE_COLUMN, LearnedPolicy, load_bundle
 from policies.observation import encode_miss_price
-from training.monitor import RunState, TrainingMonitor
+from training.monitor import RunState, TrainingMonitor, Validator
 from training.registry import CHALLENGER, register
 from training.tracking import connect
 from training.train import TrainedPolicy, draw_worlds, new_model, train_all
@@ -155,7 +155,7 @@ def test_the_bundle_says_where_it_comes_from(learned: TrainedPolicy) -> None:
     assert manifest.provenance["equality_with_predict"] <= 1e-5
     assert manifest.provenance["config"]["ppo"]["num_envs"] == 64
     assert len(manifest.provenance["trace_digests"]) == 1
-    assert manifest.log_miss_price == state.best_log_miss_price
+    assert manifest.log_miss_price == np.log(recipe().objective.miss_price)
     assert manifest.log_miss_price_span == 0.5
     low, high = np.array(manifest.feature_low), np.array(manifest.feature_high)
     assert (low <= high).all()
@@ -188,7 +188,7 @@ def test_the_run_is_in_mlflow_with_parameters_curves_and_files(store: Store, lea
     assert run.data.metrics["validation/best_score"] == learned.score
     history = {item.step: item.value for item in client.get_metric_history(learned.run_id, "validation/score")}
     assert history == {int(point["steps"]): point["score"] for point in learned.state.curve}
-    assert [item.step for item in client.get_metric_history(learned.run_id, "train/burn_rate")] == [
+    assert [item.step for item in client.get_metric_history(learned.run_id, "train/provisioned")] == [
         1280 * rollout for rollout in range(1, 11)
     ]
     assert 0.0 < run.data.metrics["train/env_time_share"] < 1.0
@@ -224,7 +224,6 @@ def test_the_same_seed_learns_the_same_and_the_better_seed_wins(store: Store, tm
     again = store.train(tmp_path / "again", total_steps=2 * ROLLOUT)
     first = RunState.load(tmp_path / "both/seed-0")
     assert [point["score"] for point in again.state.curve] == [point["score"] for point in first.curve]
-    assert again.state.log_miss_price == first.log_miss_price
 
 
 # Interrupted and resumed.
@@ -233,23 +232,23 @@ def test_the_same_seed_learns_the_same_and_the_better_seed_wins(store: Store, tm
 class RecordingEnv(AutoscalingVecEnv):
     """Keeps what the learner sees first."""
 
-    first: list[tuple[np.ndarray, float]]
+    first: list[np.ndarray]
 
     def reset(self) -> Any:
         features = super().reset()
-        type(self).first.append((np.array(features), self.episodes.log_miss_price))
+        type(self).first.append(np.array(features))
         return features
 
 
 @pytest.fixture
-def resets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, float]]:
+def resets(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     RecordingEnv.first = []
     monkeypatch.setattr(training.train, "AutoscalingVecEnv", RecordingEnv)
     return RecordingEnv.first
 
 
 def test_an_interrupted_run_resumes_with_the_steps_that_remain(
-    store: Store, tmp_path: Path, resets: list[tuple[np.ndarray, float]]
+    store: Store, tmp_path: Path, resets: list[np.ndarray]
 ) -> None:
     at = 3 * ROLLOUT + NUM_ENVS
     with pytest.raises(KeyboardInterrupt):
@@ -272,9 +271,8 @@ def test_an_interrupted_run_resumes_with_the_steps_that_remain(
     assert steps[:2] == [0, 2 * ROLLOUT]
     assert steps[-1] == result.state.steps
 
-    (fresh, first_price), (resumed, resumed_price) = resets
+    fresh, resumed = resets
     assert not np.array_equal(fresh, resumed)
-    assert resumed_price == before.log_miss_price != first_price
     last = PPO.load(tmp_path / "seed-0" / result.state.checkpoint, device="cpu")
     assert last.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * recipe().ppo.learning_rate)
 
@@ -384,8 +382,7 @@ def test_a_state_that_is_no_state_is_named(store: Store, tmp_path: Path) -> None
 def test_a_run_without_progress_stops_early(store: Store, tmp_path: Path) -> None:
     ppo = recipe().ppo.model_dump() | {"learning_rate": 1e-12}
     validation = {"every_steps": ROLLOUT, "episodes": 4, "patience": 2}
-    # A price that stays leaves the dial in place, so nothing at all changes.
-    result = store.train(tmp_path, ppo=ppo, validation=validation, lagrange={"enabled": False})
+    result = store.train(tmp_path, ppo=ppo, validation=validation)
     assert [point["steps"] for point in result.state.curve] == [0, ROLLOUT, 2 * ROLLOUT]
     assert result.state.best_steps == 0
     assert result.state.finished
@@ -424,7 +421,7 @@ def marked(path: Path) -> float:
 def replay(model: PPO, folder: Path) -> RunState:
     """Validations and checkpoints as in a run, each on a network of its own."""
     scores = (5.0, 6.0, 4.0, 3.0, 7.0)
-    state = RunState(log_miss_price=1.0)
+    state = RunState()
     monitor = TrainingMonitor(
         recipe(),
         folder,
@@ -508,24 +505,18 @@ def test_the_state_survives_a_round_trip(tmp_path: Path) -> None:
     json.loads((tmp_path / "state.json").read_text())
 
 
-def test_validation_judges_the_dial_that_will_be_exported(model: PPO, tmp_path: Path) -> None:
-    seen: list[np.ndarray] = []
+def test_validation_weighs_held_out_episodes_over_the_whole_range_of_prices() -> None:
+    config = recipe(episodes={"steps": 20, "log_miss_price_spread": 2.0})
+    bank = draw_worlds(config, lambda *_: None)
+    result = Validator(Episodes(bank, 16, config.episodes, 0, (0.5, 1.0)), 5).run(lambda f: np.zeros((len(f), 3)))
 
-    class Recorder(ScriptedValidator):
-        def run(self, act: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-            features = np.zeros((3, 37), np.float32)
-            with torch.no_grad():
-                model.policy.action_net.bias.fill_(0.0)
-            seen.append(act(features))
-            assert not features.any()
-            return {"score": 1.0}
-
-    state = RunState(log_miss_price=6.0)
-    monitor = TrainingMonitor(recipe(), tmp_path, state, Recorder(), lambda *_: None, lambda _: None)  # type: ignore[arg-type]
-    monitor.init_callback(model)
-    model.num_timesteps = 0
-    monitor.validate()
-    features = np.zeros((3, 37), np.float32)
-    features[:, MISS_PRICE_COLUMN] = encode_miss_price(np.array(6.0))
-    assert np.array_equal(seen[0], model.predict(features, deterministic=True)[0])
-    assert state.best_log_miss_price == 6.0
+    episodes = Episodes(bank, 16, config.episodes, 5, (0.5, 1.0))
+    episodes.reset(stagger=False)
+    prices = np.exp(episodes.fleet.log_miss_price)
+    assert prices.min() < 0.5 * config.objective.miss_price
+    assert prices.max() > 2.0 * config.objective.miss_price
+    costs = np.zeros(16)
+    for _ in range(20):
+        terms = episodes.step(np.zeros((16, 3))).terms
+        costs += (terms["provisioned"] + terms["misses"] + terms["churn"]) / 20
+    assert result["score"] == pytest.approx((costs / (1.0 + 0.03 * prices)).mean())

@@ -67,7 +67,6 @@ def test_a_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
             "warm_start": None,
             "ppo": {"num_envs": 4, "batch_size": 64, "hidden": [7], "target_kl": None, "learning_rate": 1e-5},
             "worlds": {"profiles": {"chat": 2.0}, "mean_replicas": [1, 2]},
-            "lagrange": {"limits": [2, 3]},
         }
     )
     assert load_train_config(written(tmp_path, config.model_dump(mode="json"))) == config
@@ -85,8 +84,7 @@ def test_a_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
         ({"ppo": {"batch_size": 1000}}, "batch_size 1000 must divide"),
         ({"ppo": {"hidden": [64, 0]}}, "field ppo.hidden.1"),
         ({"ppo": {"learning_rate": float("nan")}}, "field ppo.learning_rate"),
-        ({"lagrange": {"limits": [10, 1]}}, "lowest price"),
-        ({"lagrange": {"limits": [0, 1]}}, "field lagrange.limits.0"),
+        ({"episodes": {"usual_miss_rate": -1}}, "field episodes.usual_miss_rate"),
         ({"worlds": {"mean_replicas": [5, 1]}}, "mean_replicas"),
         ({"worlds": {"profiles": {"chats": 1.0}}}, "field worlds.profiles.chats"),
         ({"objective": {"miss_price": 0}}, "miss_price must be above 0"),
