@@ -26,7 +26,7 @@ def observation_space() -> gym.spaces.Box:
 
 
 def action_space() -> gym.spaces.Box:
-    """Residuals on headroom, batch cap and spot share, see `policies.action`."""
+    """Residuals on headroom, slack, batch cap and spot share, see `policies.action`."""
     return gym.spaces.Box(-1.0, 1.0, (len(ACTIONS),), np.float32)
 
 
@@ -45,13 +45,14 @@ class AutoscalingEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     and batch caps. Replicas take minutes to start and are billed from the grant of their node.
 
     ## Action Space
-    `Box(-1, 1, (3,), float32)`: residuals on a reference rule, which is what all zeros do.
+    `Box(-1, 1, (4,), float32)`: residuals on a reference rule, which is what all zeros do.
 
     | Num | Action | -1 | 0 | 1 |
     |---|---|---|---|---|
-    | 0 | headroom over the estimated demand | reference / span | reference | reference x span |
-    | 1 | batch cap over the batch that meets the TPOT objective | 1 / span | 1 | span |
-    | 2 | share of capacity on spot, where offered | reference - span | reference | reference + span |
+    | 0 | fewest replicas over the five-minute mean of the demand | reference / span | reference | reference x span |
+    | 1 | slack: replicas above the fewest that are kept | reference / span | reference | reference x span |
+    | 2 | batch cap over the batch that meets the TPOT objective | 1 / span | 1 | span |
+    | 3 | share of capacity on spot, where offered | reference - span | reference | reference + span |
 
     Spans and references are in `policies.spec.ActionSpec`. Guardrails settle every target.
 

@@ -130,7 +130,7 @@ class Episodes:
         return self._observation
 
     def step(self, action: npt.NDArray[Any]) -> StepResult:
-        """Apply actions (n, 3) in -1..1, run one window. Episodes that end are not restarted here: see `restart`."""
+        """Apply actions (n, 4) in -1..1, run one window. Episodes that end are not restarted here: see `restart`."""
         assert self._observation is not None, "call reset() first"
         proposed = decode_action(action, self._observation, self.fleet, self.bank.interface.action)
         settled, _ = self.decider.settle(proposed, self._observation)

@@ -60,7 +60,7 @@ class AutoscalingVecEnv(VecEnv):
         return self.episodes.reset().features
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Take actions (n, 3)."""
+        """Take actions (n, 4)."""
         self._action = actions
 
     def step_wait(self) -> VecEnvStepReturn:

@@ -1,7 +1,9 @@
-"""What a learned policy's three outputs mean: headroom, batch cap, spot share.
+"""What a learned policy's four outputs mean: headroom, slack, batch cap, spot share.
 
 The outputs are residuals on a reference rule, so an untrained policy (all zeros) is already a sane autoscaler. They do
 not depend on the number of pools: within a price class, capacity is bought where a unit of this traffic is cheapest.
+Headroom and slack are a band, not a count: the fleet in force stays as it is within it. A replica that is given back and
+asked for again is paid for while it starts and missed meanwhile, so a policy must be able to do nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.spec import ActionSpec
 
-ACTIONS: tuple[str, ...] = ("headroom", "batch_cap", "spot_share")
+ACTIONS: tuple[str, ...] = ("headroom", "slack", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
 SLIVER = 0.02
 """Part of a replica that is not worth a whole one."""
@@ -25,23 +27,20 @@ MIN_DEMAND = 1e-3
 
 
 def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
-    """Turn outputs (n, 3) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
+    """Turn outputs (n, 4) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
     outputs = between(known(np.array(action.T, np.float64)), -1.0, 1.0)
-    spans = np.array([[spec.headroom_span], [spec.batch_cap_span]])
-    headroom, cap_factor = np.power(spans, outputs[:2])
-    spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[2], 0.0, 1.0)
+    spans = np.array([[spec.headroom_span], [spec.slack_span], [spec.batch_cap_span]])
+    headroom, slack, cap_factor = np.power(spans, outputs[:3])
+    spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
+    least = spec.headroom_reference * headroom
+    most = least * (1.0 + spec.slack_reference * slack)
+    lowest = allocate(observation.demand_mean, least, spot_share, fleet)
+    highest = allocate(observation.demand_mean, most, spot_share, fleet)
+    in_force = observation.snapshot.replicas_target
     return Target(
-        replicas=allocate(sustained_demand(observation), spec.headroom_reference * headroom, spot_share, fleet),
+        replicas=between(np.where(np.isnan(in_force), lowest, in_force), lowest, highest).astype(np.int64),
         batch_cap=_batch_cap(observation.batch_limit.T * cap_factor, fleet),
     )
-
-
-def sustained_demand(observation: Observation) -> Floats:
-    """What headroom multiplies: the larger of the last window's demand and its five-minute mean, (n, P).
-
-    Replicas take minutes to start, so the lull between two bursts is no reason to give them back.
-    """
-    return np.maximum(observation.demand, observation.demand_mean)
 
 
 def reference_batch_cap(observation: Observation, fleet: Fleet) -> npt.NDArray[np.int64]:

@@ -207,7 +207,7 @@ class LearnedPolicy:
         self._dial.restore(state)
 
     def outputs(self, features: Features) -> Floats:
-        """The network's outputs (n, 3) in -1..1 for features (n, F)."""
+        """The network's outputs (n, 4) in -1..1 for features (n, F)."""
         (actions,) = self._session.run(None, {"features": features})
         if actions.shape != (len(features), len(ACTIONS)) or not np.isfinite(actions).all():
             raise BundleMismatch(

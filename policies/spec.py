@@ -116,8 +116,16 @@ class WindowSpec(StrictModel):
 class ActionSpec(StrictModel):
     """What a learned policy's outputs in -1..1 mean; the middle is the reference rule."""
 
-    headroom_reference: Positive = Field(default=1.3, description="Headroom over the demand estimate at output 0.")
+    headroom_reference: Positive = Field(
+        default=1.3, description="Fewest replicas over the five-minute mean of the demand at output 0."
+    )
     headroom_span: Annotated[float, Field(gt=1)] = Field(default=3.0, description="Factor between output 0 and 1.")
+    slack_reference: Positive = Field(
+        default=0.3, description="Replicas above the fewest, as a share of them, that are kept at output 0."
+    )
+    slack_span: Annotated[float, Field(gt=1)] = Field(
+        default=10.0, description="Factor on the slack between output 0 and 1."
+    )
     batch_cap_span: Annotated[float, Field(gt=1)] = Field(
         default=2.0, description="Factor on the batch limit between output 0 and 1."
     )

@@ -104,7 +104,7 @@ class Validator:
         self.seed = seed
 
     def run(self, act: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-        """Run all episodes with `act`, features (n, F) -> outputs (n, 3)."""
+        """Run all episodes with `act`, features (n, F) -> outputs (n, 4)."""
         episodes = self.episodes
         episodes.rng = np.random.default_rng(self.seed)
         features = episodes.reset(stagger=False).features

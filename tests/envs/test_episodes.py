@@ -46,7 +46,7 @@ def bank() -> ScenarioBank:
 
 
 def actions(n: int, steps: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).uniform(-1, 1, (steps, n, 3)).astype(np.float32)
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, n, 4)).astype(np.float32)
 
 
 def one_world(trace: Trace, **pool: Any) -> ScenarioBank:
@@ -260,11 +260,16 @@ def test_a_part_that_is_shorter_than_an_episode_is_refused_by_name() -> None:
 
 
 def reference_rule(observation: Observation, decider: Decider, interface: InterfaceSpec) -> Target:
-    """1.3 times the demand, half of it on spot where that is offered, the largest batch within the TPOT objective."""
+    """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered."""
     n = len(observation.features)
-    assert (interface.action.headroom_reference, interface.action.spot_share_reference) == (1.3, 0.5)
+    assert (interface.action.headroom_reference, interface.action.slack_reference) == (1.3, 0.3)
+    assert interface.action.spot_share_reference == 0.5
+    lowest, highest = (
+        allocate(observation.demand_mean, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
+        for headroom in (1.3, 1.3 * 1.3)
+    )
     return Target(
-        replicas=allocate(observation.demand, np.full(n, 1.3), np.full(n, 0.5), decider.fleet),
+        replicas=np.clip(observation.snapshot.replicas_target, lowest, highest).astype(np.int64),
         batch_cap=reference_batch_cap(observation, decider.fleet),
     )
 
@@ -276,7 +281,7 @@ def test_no_action_is_the_reference_rule_under_the_guardrails() -> None:
     observation = by_hand.reset(stagger=False)
     moved = 0
     for _ in range(12):
-        result: StepResult = zero.step(np.zeros((n, 3), np.float32))
+        result: StepResult = zero.step(np.zeros((n, 4), np.float32))
         proposed = reference_rule(observation, by_hand.decider, by_hand.bank.interface)
         settled, _ = by_hand.decider.settle(proposed, observation)
         moved += int((settled.replicas != observation.snapshot.replicas_target).sum())

@@ -31,7 +31,7 @@ def bank() -> ScenarioBank:
 
 
 def actions(n: int, steps: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(0).uniform(-1, 1, (steps, n, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-1, 1, (steps, n, 4)).astype(np.float32)
 
 
 def vector_env(n: int, seed: int = 0) -> AutoscalingVecEnv:
@@ -80,7 +80,7 @@ def test_shapes_types_and_bounds_are_what_the_spaces_say() -> None:
     n = 64
     env = vector_env(n)
     assert env.observation_space == gym.spaces.Box(-10.0, 10.0, (len(FEATURES),), np.float32)
-    assert env.action_space == gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+    assert env.action_space == gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
     env.reset()
     for action in actions(n, 2 * STEPS):
         features, rewards, dones, infos = env.step(action)

@@ -24,11 +24,18 @@ BOTH = fleet(pool(), spot(), width=3)
 
 
 def decode(
-    services: Fleet, headroom: float = 0.0, cap: float = 0.0, share: float = 0.0, demand: Any = 4.0, limit: Any = 32.0
+    services: Fleet,
+    headroom: float = 0.0,
+    cap: float = 0.0,
+    share: float = 0.0,
+    demand: Any = 4.0,
+    limit: Any = 32.0,
+    slack: float = 0.0,
+    in_force: float = np.nan,
 ) -> Target:
     n, pools = services.exists.shape
-    seen = observation(snapshot(n=n, pools=pools), demand, limit)
-    return decode_action(np.full((n, 3), (headroom, cap, share)), seen, services, SPEC)
+    seen = observation(snapshot(n=n, pools=pools, replicas_target=in_force), demand, limit)
+    return decode_action(np.full((n, 4), (headroom, slack, cap, share)), seen, services, SPEC)
 
 
 def give(services: Fleet, demand: Any, headroom: float = 1.0, share: float = 0.5) -> list[int]:
@@ -50,6 +57,19 @@ def test_zero_outputs_are_the_reference_rule() -> None:
 @pytest.mark.parametrize(("output", "replicas"), [(-1.0, 2), (0.0, 6), (1.0, 16)])
 def test_headroom_spans_its_factor_both_ways(output: float, replicas: int) -> None:
     assert decode(fleet(), headroom=output).replicas.tolist() == [[replicas]]  # 1.3 * 3 ** output * 4
+
+
+@pytest.mark.parametrize(("in_force", "replicas"), [(0.0, 6), (5.0, 6), (6.0, 6), (7.0, 7), (8.0, 7), (20.0, 7)])
+def test_a_fleet_within_the_band_stays_as_it_is(in_force: float, replicas: int) -> None:
+    """At least 1.3 * 4 = 5.2 and at most 1.3 times as many, 6.76."""
+    assert decode(fleet(), in_force=in_force).replicas.tolist() == [[replicas]]
+
+
+@pytest.mark.parametrize(("slack", "replicas"), [(-1.0, 6), (0.0, 7), (1.0, 21)])
+def test_slack_spans_its_factor_both_ways(slack: float, replicas: int) -> None:
+    """1.3 * 4 = 5.2 are the fewest; 3 %, 30 % and 300 % more are kept."""
+    services = fleet(pool(max_replicas=100))
+    assert decode(services, slack=slack, in_force=100.0).replicas.tolist() == [[replicas]]
 
 
 @pytest.mark.parametrize(("output", "cap"), [(-1.0, 16), (0.0, 32), (1.0, 64)])
@@ -214,9 +234,7 @@ def test_each_service_is_allocated_as_if_alone(seed: int) -> None:
         assert allocate(demand[at, :width], headroom[at], share[at], alone).tolist() == together[at, :width].tolist()
 
 
-def test_headroom_multiplies_what_the_last_five_minutes_needed_through_a_lull() -> None:
+def test_headroom_multiplies_what_the_last_five_minutes_needed() -> None:
     lull = dataclasses.replace(observation(snapshot(), 2.0), demand_mean=np.array([[8.0]]))
-    burst = dataclasses.replace(observation(snapshot(), 8.0), demand_mean=np.array([[2.0]]))
     services = fleet(pool(max_replicas=100))
-    for seen in (lull, burst):
-        assert decode_action(np.zeros((1, 3)), seen, services, SPEC).replicas.tolist() == [[11]]  # 1.3 * 8
+    assert decode_action(np.zeros((1, 4)), lull, services, SPEC).replicas.tolist() == [[11]]  # 1.3 * 8

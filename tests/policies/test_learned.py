@@ -353,7 +353,7 @@ def test_misses_move_the_dial_up_to_the_trained_span_and_calm_moves_it_down() ->
     burning = proposed(policy(dial_network()), 0.0, 8000)
     assert calm < start < burning
     for wish, dial in ((start, 3.0), (calm, 2.0), (burning, 4.0)):
-        action = np.array([[0.5 * encode_miss_price(np.array(dial)), 0.0, 0.0]])
+        action = np.array([[0.5 * encode_miss_price(np.array(dial)), 0.0, 0.0, 0.0]])
         reference = observation(snapshot(), demand=4.0)
         expected = decode_action(action, reference, fleet(), InterfaceSpec().action)
         assert wish == expected.replicas[0, 0]
@@ -364,7 +364,7 @@ def test_the_dial_replaces_the_feature_and_leaves_the_observation_alone() -> Non
     seen.features[:] = 0.7
     before = seen.features.copy()
     learned = policy(dial_network(), log_miss_price=1.0, log_miss_price_span=0.0)
-    action = np.array([[0.5 * encode_miss_price(np.array(1.0)), 0.0, 0.0]])
+    action = np.array([[0.5 * encode_miss_price(np.array(1.0)), 0.0, 0.0, 0.0]])
     expected = decode_action(action, seen, fleet(), InterfaceSpec().action)
     assert learned.propose(seen).replicas.tolist() == expected.replicas.tolist()
     assert (seen.features == before).all()

@@ -508,7 +508,7 @@ def test_the_state_survives_a_round_trip(tmp_path: Path) -> None:
 def test_validation_weighs_held_out_episodes_over_the_whole_range_of_prices() -> None:
     config = recipe(episodes={"steps": 20, "log_miss_price_spread": 2.0})
     bank = draw_worlds(config, lambda *_: None)
-    result = Validator(Episodes(bank, 16, config.episodes, 0, (0.5, 1.0)), 5).run(lambda f: np.zeros((len(f), 3)))
+    result = Validator(Episodes(bank, 16, config.episodes, 0, (0.5, 1.0)), 5).run(lambda f: np.zeros((len(f), 4)))
 
     episodes = Episodes(bank, 16, config.episodes, 5, (0.5, 1.0))
     episodes.reset(stagger=False)
@@ -517,6 +517,6 @@ def test_validation_weighs_held_out_episodes_over_the_whole_range_of_prices() ->
     assert prices.max() > 2.0 * config.objective.miss_price
     costs = np.zeros(16)
     for _ in range(20):
-        terms = episodes.step(np.zeros((16, 3))).terms
+        terms = episodes.step(np.zeros((16, 4))).terms
         costs += (terms["provisioned"] + terms["misses"] + terms["churn"]) / 20
     assert result["score"] == pytest.approx((costs / (1.0 + 0.03 * prices)).mean())
