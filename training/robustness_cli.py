@@ -15,7 +15,7 @@ from training.console import PIPED_WIDTH, check_writable, one_sentence_errors, p
 
 if TYPE_CHECKING:
     from training.contrasts import Contrast, Contrasts
-    from training.scenarios import Suite
+    from training.scenarios import Scenario, Suite
 
 SuiteOption = Annotated[str, typer.Option(help="Suite: a YAML file, or the name of a shipped one.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this scenario; repeatable.")]
@@ -78,6 +78,61 @@ def robustness(
     show_contrasts(contrasts)
     if json_file is not None:
         write_json(json_file, contrasts.to_json())
+
+
+@one_sentence_errors
+def ablate(
+    suite: SuiteOption = "pools",
+    policy: Annotated[str, typer.Option(help="Learned policy: learned, a bundle file, or one in the registry.")] = (
+        "learned"
+    ),
+    scenario: Only = None,
+    seeds: Seeds = None,
+    json_file: Json = None,
+    jobs: Jobs = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Judge the learned policy in parts: replicas alone, batch cap alone, no choice of pool.
+
+    What it does not decide is left to the rule that it learned from, to a rule of our own, or to the engine.
+    """
+    import os
+
+    from envs.kernel_cache import warm_up
+    from policies.fleet import Fleet
+    from policies.lineup import resolve
+    from training.ablations import ABLATIONS
+    from training.cells import DEFAULT, Variant
+    from training.contrasts import Treatment, Work, run_treatments
+    from training.registry import resolve_bundle
+    from training.workers import open_workers
+
+    chosen = _suite(suite, scenario, seeds)
+    entry = resolve(policy, resolve_bundle)
+    check_writable(json_file)
+    variant = Variant(policy, DEFAULT, entry)
+    work = [
+        Work(Treatment(part.name, part.meaning, make=part.make), where, variant)
+        for where in chosen.scenarios
+        for part in ABLATIONS
+        if part.concerns(where.spec)
+    ]
+    for where in chosen.scenarios:
+        ABLATIONS[0].make(entry, Fleet.from_specs([where.spec]), where.spec.interface)  # says what does not fit
+    warm_up(say)
+    with (
+        progress_bar("ablating") as on_progress,
+        open_workers(jobs or len(os.sched_getaffinity(0)), ray_address) as workers,
+    ):
+        contrasts = run_treatments(chosen, work, workers, on_progress, group_of_pools)
+    show_contrasts(contrasts)
+    if json_file is not None:
+        write_json(json_file, contrasts.to_json())
+
+
+def group_of_pools(scenario: Scenario) -> str:
+    """Scenarios with as many pools are summed up together."""
+    return f"{len(scenario.pools)} pool{'s' if len(scenario.pools) > 1 else ''}"
 
 
 def _suite(reference: str, only: list[str] | None, seeds: int | None) -> Suite:
@@ -149,3 +204,4 @@ COLUMNS: dict[str, Callable[[Contrast], str]] = {
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(robustness)
+    app.command()(ablate)
