@@ -179,15 +179,15 @@ def show_contrasts(contrasts: Contrasts) -> None:
 
 
 def _points(row: Contrast) -> str:
-    mean, low, high = (100 * value for value in row.attainment_change)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    from training.contrasts import shown
+
+    return shown([100 * value for value in row.attainment_change], "+.1f")
 
 
 def _cost(row: Contrast) -> str:
-    if row.cost_ratio is None:
-        return "-"
-    mean, low, high = row.cost_ratio
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    from training.contrasts import shown
+
+    return "-" if row.cost_ratio is None else shown(row.cost_ratio, ".2f")
 
 
 COLUMNS: dict[str, Callable[[Contrast], str]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.cells import label
+from training.contrasts import shown
 
 Row = dict[str, Any]
 
@@ -101,17 +102,11 @@ def _runs(found: Row, text: str) -> str:
 
 
 def _cost(row: Row) -> str:
-    return "-" if row["cost_ratio"] is None else _interval(row["cost_ratio"], ".2f")
+    return "-" if row["cost_ratio"] is None else shown(row["cost_ratio"], ".2f")
 
 
 def _change(row: Row) -> str:
-    return _interval([100 * value for value in row["attainment_change"]], "+.1f")
-
-
-def _interval(values: Sequence[float], form: str) -> str:
-    """A mean with its interval; without it where there was nothing to draw from."""
-    mean, low, high = (format(value, form) for value in values)
-    return mean if low == mean == high else f"{mean} ({low} to {high})"
+    return shown([100 * value for value in row["attainment_change"]], "+.1f")
 
 
 def _bundle(found: Row) -> str:
