@@ -83,7 +83,7 @@ scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite, write docs
 	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
 
 ABUSED ?= learned,reactive,token-demand,llm-d-tokens,hpa
-robustness: $(STAMP) ## Judge policies under abuse and the learned one in parts, write docs/robustness.md; ARGS goes to the first.
+robustness: $(STAMP) ## Judge policies under abuse, and the learned one in parts; write docs/robustness.md.
 	@mkdir -p runs/robustness
 	$(BIN)/jevons robustness --suite dev --policy $(ABUSED) --json runs/robustness/abused.json $(ARGS)
 	$(BIN)/jevons ablate --suite pools --json runs/robustness/ablated.json

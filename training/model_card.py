@@ -23,17 +23,20 @@ from training.train_config import TrainConfig
 
 Row = dict[str, Any]
 LEARNED = "learned"
+PICTURES = {"images/burst.svg": "In a burst", "images/learning.svg": "Learning"}
+"""What `make pictures` draws, beside the page, and the headings."""
 SHOWN = 12
 """Digests of training traces that are printed; the manifest has them all."""
 
 
-def card(bundle: PolicyBundle, name: str, evaluations: Sequence[Row]) -> str:
+def card(bundle: PolicyBundle, name: str, evaluations: Sequence[Row], pictures: Sequence[str] = ()) -> str:
     """The whole page, Markdown.
 
     Args:
         bundle: the policy.
         name: path of the bundle as a reader of the page would type it.
         evaluations: the JSON of `jevons evaluate --details`, one per suite, each with the policy ``learned``.
+        pictures: of `PICTURES`, those that there are.
 
     Raises:
         ValueError: when an evaluation judged another bundle, or none.
@@ -63,6 +66,7 @@ def card(bundle: PolicyBundle, name: str, evaluations: Sequence[Row]) -> str:
         _interface(bundle),
         "## Results",
         *(part for found in evaluations for part in _results(found)),
+        *(part for file in pictures for part in (f"## {PICTURES[file]}", f"![{PICTURES[file]}]({file})")),
         "## Limits",
         _limits(evaluations),
         "## Train it again",
@@ -297,7 +301,8 @@ def main(
         return
     found = [json.loads(path.read_text(encoding="utf-8")) for path in details or ()]
     root, path = Path(__file__).resolve().parent.parent, bundle.resolve()
-    text = card(loaded, path.relative_to(root).as_posix() if path.is_relative_to(root) else bundle.name, found)
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else bundle.name
+    text = card(loaded, name, found, [file for file in PICTURES if (out.parent / file).is_file()])
     write_whole(out, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 

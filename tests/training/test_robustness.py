@@ -1,5 +1,6 @@
 import json
-from dataclasses import fields, replace
+import pickle
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from envs.traces import Trace
 from policies.contract import MetricsUnavailable, Snapshot
 from policies.engine import ConfigError
 from policies.lineup import resolve
+from training.ablations import ABLATIONS
 from training.abuses import ABUSES, GAP_EVERY_S, GAP_S, NONE, Gappy, Late, has_spot, longer, named, slow_starts, stormy
 from training.cells import DEFAULT, Variant, run_cell
 from training.contrasts import Treatment, Work, compare, run_treatments, two_level_bootstrap
 from training.replay import World
+from training.robustness_page import page
 from training.scores import unscored
 from training.workers import InProcess
 
@@ -170,6 +173,16 @@ def test_treatments_run_and_say_what_they_were():
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_treatments_travel_to_other_processes():
+    for treatment in (
+        *(Treatment(abuse.name, abuse.meaning, abuse=abuse) for abuse in ABUSES),
+        *(Treatment(part.name, part.meaning, make=part.make) for part in ABLATIONS),
+    ):
+        again = pickle.loads(pickle.dumps(treatment))
+        assert (again.name, again.make) == (treatment.name, treatment.make)
+        assert again.abuse.believed(chat().spec) == treatment.abuse.believed(chat().spec)
+
+
 def test_an_unknown_abuse_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="no abuse named 'rain'; there are: none, engine 25 % slower"):
         named(["rain"])
@@ -196,3 +209,27 @@ def test_robustness_prints_a_table_and_writes_json(tmp_path):
     found = json.loads(out.read_text())
     assert [item["treatment"] for item in found["contrasts"]] == ["none", "metrics 30 s late"]
     assert len(found["rows"]) == 4
+
+
+def test_the_page_has_a_cell_for_every_policy_and_treatment():
+    none, storm = Treatment("none", "as it is"), Treatment("storm", "rain")
+    one = chat(name="one")
+    variants = [Variant("hpa", DEFAULT, resolve("hpa")), Variant("hpa", "train", resolve("hpa"))]
+    work = [Work(what, one, variant) for variant in variants for what in (none, storm)]
+    scores = [(scored(10.0, 0.95),), (scored(15.0, 0.93),), (scored(10.0, 0.95),), (scored(5.0, 0.5),)]
+    found = {
+        "suite": "toy",
+        "treatments": [{"name": item.name, "meaning": item.meaning} for item in (none, storm)],
+        "contrasts": [asdict(item) for item in compare(work, scores, lambda scenario: "1 pool")],
+        "scenarios": [{"name": "one", "seeds": [0]}],
+        "policies": [{"policy": "hpa", "bundle_digest": None}],
+        "versions": {"jevons": "1"},
+    }
+    text = page(found, found)
+    assert "- *storm*: rain." in text
+    assert "| hpa | 1/1 | 1/1 |" in text
+    assert "| hpa (train) | 1/1 | 0/1 |" in text
+    assert "| hpa | 1.00 | 1.50 |\n| hpa (train) | 1.00 | - |" in text
+    assert "| hpa (train) | +0.0 | -45.0 |" in text
+    assert "### 1 pool" in text
+    assert "| storm | 1/1 | 1.50 | -2.0 | 15.0 |" in text
