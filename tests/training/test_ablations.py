@@ -22,7 +22,7 @@ POOLS = [
 
 @pytest.fixture(scope="module")
 def scenario():
-    return chat(pools=POOLS, trace={"generator": {"profile": "chat", "duration_s": 600, "mean_rps": 40}})
+    return chat(pools=POOLS, trace={"generator": {"profile": "chat", "duration_s": 600, "mean_rps": 8}})
 
 
 @pytest.fixture(scope="module")

@@ -109,15 +109,18 @@ def test_tripled_lengths_leave_the_first_half_and_the_sum_of_tokens():
 
 def test_every_abuse_changes_the_run_that_it_concerns():
     spot = {"name": "spot", "engine": ENGINE, "max_replicas": 4, "initial_replicas": 3, "price_class": "spot"}
-    trace = {"generator": {"profile": "code", "duration_s": 900, "mean_rps": 40}}
+    trace = {"generator": {"profile": "code", "duration_s": 900, "mean_rps": 12}}
     start = {"node_s": 0, "image_s": 5, "weights_s": 10, "warmup_s": 15}
     pools = [{"engine": ENGINE, "max_replicas": 4, "cold_start": start}, {**spot, "cold_start": start}]
     scenario = chat(pools=pools, trace=trace)
     entry = resolve("reactive")
-    plain, again = run_cell(scenario, entry).scores[0], run_cell(scenario, entry, abuse=NONE).scores[0]
-    assert replace(plain, wall_s=0.0) == replace(again, wall_s=0.0)
-    for abuse in ABUSES[1:]:
-        assert run_cell(scenario, entry, abuse=abuse).scores[0].usd != plain.usd, abuse.name
+    scores = {}
+    for abuse in (*ABUSES, NONE):
+        (score,) = run_cell(scenario, entry, abuse=abuse).scores
+        scores.setdefault(abuse.name, []).append(replace(score, wall_s=0.0))
+    plain, again = scores.pop("none")
+    assert plain == again
+    assert [name for name, found in scores.items() if found == [plain]] == []
 
 
 def scored(usd: float, attainment: float, seed: int = 0):
@@ -179,7 +182,8 @@ def test_treatments_travel_to_other_processes():
         *(Treatment(part.name, part.meaning, make=part.make) for part in ABLATIONS),
     ):
         again = pickle.loads(pickle.dumps(treatment))
-        assert (again.name, again.make) == (treatment.name, treatment.make)
+        assert again.name == treatment.name
+        assert getattr(again.make, "__self__", None) == getattr(treatment.make, "__self__", None)
         assert again.abuse.believed(chat().spec) == treatment.abuse.believed(chat().spec)
 
 
