@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.timeline import Timeline
 
 COLOURS = ("#3556c8", "#d9822b", "#1f9d7a", "#111827", "#9b4fc0")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "jevons",
     "svg.fonttype": "none",
     "font.size": 9,
