@@ -23,6 +23,7 @@ def page(abused: Row, ablated: Row) -> str:
         _HEAD,
         f"## Under abuse: suite `{abused['suite']}`",
         _meanings(abused["treatments"]),
+        _runs(abused),
         "### Scenarios held",
         _matrix(abused, lambda row: f"{row['held']}/{row['scenarios']}"),
         "Scenarios whose SLO the policy holds, of those that the abuse concerns.",
@@ -40,7 +41,8 @@ def page(abused: Row, ablated: Row) -> str:
         _ABLATED,
         _meanings(ablated["treatments"]),
         *_groups(ablated),
-        _runs(ablated, "Cost over that of the whole policy, on scenarios that both hold."),
+        "Cost over that of the whole policy, on the scenarios that both hold; `-` where there is none.",
+        _runs(ablated),
         "---",
         f"Written by `make robustness`; {_bundle(abused)}; "
         + ", ".join(f"{name} {version}" for name, version in abused["versions"].items())
@@ -96,9 +98,10 @@ def _groups(found: Row) -> list[str]:
     return parts
 
 
-def _runs(found: Row, text: str) -> str:
-    seeds = sorted({len(scenario["seeds"]) for scenario in found["scenarios"]})
-    return f"{text} {len(found['scenarios'])} scenarios, {'/'.join(map(str, seeds))} seeds each."
+def _runs(found: Row) -> str:
+    """Which scenarios ran, with how many seeds."""
+    names = (f"{item['name']} ({len(item['seeds'])})" for item in found["scenarios"])
+    return f"Scenarios, with seeds: {', '.join(names)}."
 
 
 def _cost(row: Row) -> str:
