@@ -26,7 +26,8 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs peers fidelity cpu-engine test integration check format train scoreboard bench constraints clean
+.PHONY: help install demo docs peers fidelity cpu-engine test integration check format train scoreboard robustness \
+  model-card pictures bench constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +81,20 @@ scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite, write docs
 	$(BIN)/jevons evaluate --suite dev --policy all --tuned $(TUNED) --cache runs/cache \
 	  --json runs/scoreboard/rows.json --details runs/scoreboard/details.json --report runs/scoreboard/report.html $(ARGS)
 	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
+
+ABUSED ?= learned,reactive,token-demand,llm-d-tokens,hpa
+robustness: $(STAMP) ## Judge policies under abuse, and the learned one in parts; write docs/robustness.md.
+	@mkdir -p runs/robustness
+	$(BIN)/jevons robustness --suite dev --policy $(ABUSED) --json runs/robustness/abused.json $(ARGS)
+	$(BIN)/jevons ablate --suite pools --json runs/robustness/ablated.json
+	$(BIN)/python -m training.robustness_page runs/robustness/abused.json runs/robustness/ablated.json docs/robustness.md
+
+DETAILS ?= runs/scoreboard/details.json
+model-card: $(STAMP) ## Write docs/model_card.md from the shipped bundle and from DETAILS, the evaluations that judged it.
+	$(BIN)/python -m training.model_card $(DETAILS)
+
+pictures: $(STAMP) ## Draw docs/images: a burst, and the learning curves of the training run in RUN where one is named.
+	$(BIN)/python -m training.pictures $(if $(RUN),--run $(RUN)) $(ARGS)
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
 	$(BIN)/python -m training.peers_page docs/peers.md

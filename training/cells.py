@@ -6,12 +6,15 @@ This module must not know which pieces there are, nor where they run.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from policies.contract import Policy
+from policies.fleet import Fleet
 from policies.lineup import Entry, build, starting_spec
+from policies.spec import InterfaceSpec
+from training.abuses import NONE, Abuse
 from training.oracle import bound_scores, find, no_timeline, timetable_policy, timetable_world
 from training.replay import World
 from training.result_cache import ResultCache
@@ -21,6 +24,7 @@ from training.timeline import FIRST, Timeline, TimelineRecorder
 from training.timetable import Timetable
 from training.tuning import traces_of
 
+Maker = Callable[[Entry, Fleet, InterfaceSpec], Policy]
 DEFAULT = "default"
 """`tuned` of a policy whose parameters are those of its reference."""
 
@@ -50,7 +54,14 @@ def label(policy: str, tuned: str) -> str:
     return policy if tuned in {DEFAULT, REFERENCE} else f"{policy} ({tuned})"
 
 
-def run_cell(scenario: Scenario, entry: Entry, policy: str | None = None, tuned: str = DEFAULT) -> Cell:
+def run_cell(
+    scenario: Scenario,
+    entry: Entry,
+    policy: str | None = None,
+    tuned: str = DEFAULT,
+    abuse: Abuse = NONE,
+    make: Maker = build,
+) -> Cell:
     """Replay all seeds of a scenario side by side under one policy, and score them.
 
     Args:
@@ -58,12 +69,16 @@ def run_cell(scenario: Scenario, entry: Entry, policy: str | None = None, tuned:
         entry: the policy.
         policy: name in the table; the entry's reference when None.
         tuned: how its settings came about.
+        abuse: what goes wrong meanwhile.
+        make: builds the policy; an ablation builds parts of it.
     """
     started_s = time.perf_counter()
     spec = starting_spec(entry, scenario.spec)
-    traces = traces_of(scenario)
-    world = World([spec] * len(traces), traces, scenario.seeds)
-    built = build(entry, world.fleet, spec.interface)
+    traces = [abuse.traffic(trace) for trace in traces_of(scenario)]
+    believed = [abuse.believed(spec)] * len(traces)
+    world = World([abuse.world(spec)] * len(traces), traces, scenario.seeds, believed=believed)
+    world.source = abuse.metrics(world.source, world.cluster)
+    built = make(entry, world.fleet, spec.interface)
     return score_cell(world, built, scenario, policy or entry.reference, tuned, started_s)
 
 

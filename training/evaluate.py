@@ -140,12 +140,12 @@ def evaluate(
         suite=suite.name,
         rows=tuple(row for scenario in suite.scenarios for row in rows[scenario.name]),
         scenarios=tuple(
-            _describe(scenario, digests[scenario.name], rows[scenario.name])
+            describe(scenario, digests[scenario.name], rows[scenario.name])
             for scenario in suite.scenarios
             if scenario.name in digests
         ),
         policies=tuple({"policy": entry.reference, "bundle_digest": entry.bundle_digest} for entry in entries),
-        versions=_versions(),
+        versions=versions(),
         timelines=timelines,
         tunings=tuple(asdict(item) for item in tunings),
         skipped=tuple(asdict(item) for item in suite.skipped),
@@ -182,6 +182,27 @@ def _tuned(
         Question(scenario, entry.reference, part) for scenario in suite.scenarios for part in parts for entry in entries
     ]
     return tune(questions, workers, cache, on_progress)
+
+
+def variants(
+    suite: Suite,
+    entries: Sequence[Entry],
+    tuned: Sequence[str],
+    workers: Workers,
+    cache: ResultCache,
+    on_progress: Progress,
+) -> list[tuple[Scenario, Variant]]:
+    """Every policy with every kind of settings that `tuned` asks for, scenario by scenario, checked and tuned.
+
+    Raises:
+        ConfigError: as `evaluate`.
+        BundleMismatch: as `evaluate`.
+        TraceError: as `evaluate`.
+    """
+    _check(suite, entries)
+    tunings = _tuned(suite, entries, tuned, workers, cache, on_progress)
+    work = _work(suite, entries, (), tuned, tunings)
+    return [(scenario, what) for scenario, what in work if isinstance(what, Variant)]
 
 
 def _work(
@@ -260,7 +281,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float | None, float | N
     return float(low), float(high)
 
 
-def _describe(scenario: Scenario, trace_digests: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
+def describe(scenario: Scenario, trace_digests: Sequence[str], rows: Sequence[Score]) -> dict[str, Any]:
+    """What a scenario was, for JSON; `rows` are its scores."""
     spec = scenario.spec
     source = scenario.trace
     planned = [row.holds_slo for row in rows if (row.policy, row.tuned) == ("plan", REFERENCE)]
@@ -295,7 +317,8 @@ def _describe(scenario: Scenario, trace_digests: Sequence[str], rows: Sequence[S
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Jevons and of what the figures depend on."""
     found = {name: importlib.metadata.version(name) for name in ("jevons", "numpy", "numba", "onnxruntime")}
     return {**found, "python": platform.python_version()}
 

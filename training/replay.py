@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autoscaler.controller import Controller, Recorder
+from autoscaler.controller import Controller, MetricsSource, Recorder
 from envs.cluster import SimulatedCluster
 from envs.traces import Trace
 from policies.contract import Bools, Decision, Floats, Observation, Policy, Snapshot, Target
@@ -131,14 +131,21 @@ class World:
         traces: one per service.
         seeds: one per service, of cold starts and reclaims.
         record: keep first-token and finish times.
+        believed: what the decision core takes the services for, one per service; what they are when left out.
     """
 
     def __init__(
-        self, specs: Sequence[ScalingSpec], traces: Sequence[Trace], seeds: Sequence[int], record: bool = True
+        self,
+        specs: Sequence[ScalingSpec],
+        traces: Sequence[Trace],
+        seeds: Sequence[int],
+        record: bool = True,
+        believed: Sequence[ScalingSpec] | None = None,
     ) -> None:
         self.specs, self.traces = list(specs), list(traces)
         self.cluster = SimulatedCluster.replay(self.specs, self.traces, seeds, record=record)
-        self.fleet = Fleet.from_specs(self.specs)
+        self.source: MetricsSource = self.cluster
+        self.fleet = Fleet.from_specs(believed or self.specs)
         interval_s = self.specs[0].interface.window.control_interval_s
         self.horizon_s = max(interval_s, *(trace.duration_s for trace in self.traces))
 
@@ -149,7 +156,7 @@ class World:
         controller = Controller(
             decider=Decider(self.fleet, window, spec.guardrails),
             policy=policy,
-            source=self.cluster,
+            source=self.source,
             actuator=self.cluster,
             clock=self.cluster,
             recorder=recorder or NoRecorder(),

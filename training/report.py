@@ -225,7 +225,7 @@ def _over_time(
         time = _thin(line.time_s, points) / scale_s
         colour = colours[policy.split(" (")[0]]
         _line(figure, base, time, _thin(line.queue_requests, points, np.nanmax), policy, colour, legend=True)
-        met = _rolling_mean(np.fmin(line.ttft_attainment, line.tpot_attainment), line.time_s, 300.0)
+        met = rolling_mean(np.fmin(line.ttft_attainment, line.tpot_attainment), line.time_s, 300.0)
         _line(figure, base + 1, time, _thin(met, points), policy, colour)
         _line(figure, base + 2, time, _thin(line.usd_per_hour, points), policy, colour)
         _line(figure, base + 3, time, _thin(line.usd, points), policy, colour)
@@ -299,7 +299,7 @@ def _thin(values: Floats, points: int, reduce: Any = np.nanmean) -> np.ndarray:
     return np.round(thinned, 4)
 
 
-def _rolling_mean(values: Floats, time_s: Floats, span_s: float) -> Floats:
+def rolling_mean(values: Floats, time_s: Floats, span_s: float) -> Floats:
     """Mean of what is known in the last `span_s` seconds, NaN where nothing is."""
     step_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else span_s
     width = max(1, round(span_s / max(step_s, 1e-9)))

@@ -5,7 +5,7 @@ import pytest
 
 from policies.spec import find_engine, shipped_configs
 from training.evaluate import evaluate
-from training.report import _rolling_mean, _thin, write_report
+from training.report import _thin, rolling_mean, write_report
 from training.scenarios import Scenario, Suite
 
 
@@ -79,4 +79,4 @@ def test_thinning_keeps_means_and_gaps():
 def test_the_rolling_mean_leaves_out_what_is_unknown():
     time_s = np.arange(4) * 10.0
     values = np.array([np.nan, 1.0, np.nan, 0.0])
-    assert _rolling_mean(values, time_s, 20.0).tolist() == pytest.approx([np.nan, 1.0, 1.0, 0.0], nan_ok=True)
+    assert rolling_mean(values, time_s, 20.0).tolist() == pytest.approx([np.nan, 1.0, 1.0, 0.0], nan_ok=True)
