@@ -234,18 +234,22 @@ class TrainingMonitor(BaseCallback):
             self._next_checkpoint += self.config.checkpoint_every_steps
             self.checkpoint()
 
-    def validate(self) -> dict[str, float]:
-        """Judge the network with the dial as it will be exported; keep it when it is the best so far."""
-        state = self.state
-        started_s = time.perf_counter()
-        dial = encode_miss_price(np.array(state.log_miss_price))
+    def judge(self) -> dict[str, float]:
+        """Validate the network with the dial as it will be exported; `score` decides, lower is better."""
+        dial = encode_miss_price(np.array(self.state.log_miss_price))
 
         def act(features: np.ndarray) -> np.ndarray:
             features = features.copy()
             features[:, MISS_PRICE_COLUMN] = dial
             return self.model.predict(features, deterministic=True)[0]
 
-        result = self.validator.run(act)
+        return self.validator.run(act)
+
+    def validate(self) -> dict[str, float]:
+        """Judge the network; keep it when it is the best so far."""
+        state = self.state
+        started_s = time.perf_counter()
+        result = self.judge()
         state.curve.append({"steps": float(state.steps), **result})
         if result["score"] < state.best_score:
             state.best_score, state.best_steps, state.stale_validations = result["score"], state.steps, 0
