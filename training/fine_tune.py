@@ -262,7 +262,8 @@ class FineTuningMonitor(TrainingMonitor):
         assert isinstance(self.model, PPO)
         state, step = self.state, self.spec.dial_step
         low, high = np.log(self.config.lagrange.limits)
-        dials = sorted({float(np.clip(state.log_miss_price + move, low, high)) for move in (-step, 0.0, step)})
+        # Where it is comes first: it stays there unless a step is better.
+        dials = [float(np.clip(state.log_miss_price + move, low, high)) for move in (0.0, -step, step)]
         results = [self.own.score(*found) for found in self.own.replay(to_onnx(self.model), dials)]
         best = min(range(len(dials)), key=lambda index: results[index]["score"])
         state.log_miss_price = self.env.episodes.log_miss_price = dials[best]

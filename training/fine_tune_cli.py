@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from policies.spec import ScalingSpec
     from training.evaluate import Evaluation
     from training.registry import Verdict
+    from training.seed_tasks import Where
     from training.train import TrainedPolicy
     from training.train_config import TrainConfig
 
 
 def fine_tune(
-    recipe: TrainConfig, source: str, trace: Path, spec: Path | None, out: Path, resume: bool
+    recipe: TrainConfig, source: str, trace: Path, spec: Path | None, out: Path, resume: bool, where: Where
 ) -> tuple[Evaluation, Verdict]:
     """Tune `source` on a trace, judge both on its last part, register and promote the result if it wins.
 
@@ -31,6 +32,7 @@ def fine_tune(
         spec: the service; that of `jevons what-if` when None.
         out: folder of the run.
         resume: go on with the run there.
+        where: its seeds run.
 
     Raises:
         ConfigError: when the source is unknown, or the service cannot be tuned for.
@@ -40,7 +42,7 @@ def fine_tune(
     from envs.kernel_cache import warm_up
     from policies.learned import load_bundle
     from training.fine_tune import SOURCE_FILE, prepared
-    from training.train import train_all
+    from training.seed_tasks import train_seeds
 
     kept = out / SOURCE_FILE
     bundle_file = kept if resume and kept.is_file() else find_bundle(source, recipe.name, recipe.tracking_uri)
@@ -52,7 +54,7 @@ def fine_tune(
         shutil.copyfile(bundle_file, kept)
     warm_up(say)
     with training_bars() as (tell, bar):
-        best = train_all(config, out, resume, tell, bar)
+        best = train_seeds(config, out, resume, tell, bar, where)
         suite = held_out_suite(config)
         evaluation = _judge(suite, kept, best, lambda done, total, _: bar("judging", done, total))
     show_evaluation(evaluation)

@@ -23,6 +23,7 @@ from policies.learned import MISS_PRICE_COLUMN
 from policies.observation import encode_miss_price
 from training.train_config import LagrangeSpec, TrainConfig
 
+STATE_FILE = "state.json"
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -52,9 +53,9 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state; whole or not at all."""
-        part = folder / "state.json.part"
+        part = folder / f"{STATE_FILE}.part"
         part.write_text(json.dumps(asdict(self)))
-        part.replace(folder / "state.json")
+        part.replace(folder / STATE_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
@@ -63,7 +64,7 @@ class RunState:
         Raises:
             ValueError: when the file is not one.
         """
-        path = folder / "state.json"
+        path = folder / STATE_FILE
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:

@@ -39,6 +39,10 @@ CHANGEABLE = {"total_steps", "seeds", "tracking_uri", "evaluation_suite", "check
 """What a resumed run may be given anew."""
 
 
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in a callback to give a run up; what it has learned stays in its folder."""
+
+
 @dataclass(frozen=True)
 class TrainedPolicy:
     """What one seed gave."""
@@ -157,7 +161,8 @@ def train_seed(
 ) -> TrainedPolicy:
     """Train one seed to its end, its early stop, or where it was interrupted.
 
-    Its MLflow run ends as FINISHED, as KILLED when interrupted, or as FAILED; a resumed run goes on in the same one.
+    Its MLflow run ends as FINISHED, as KILLED when interrupted or stopped, or as FAILED; a resumed run goes on in the
+    same one.
 
     Raises:
         ConfigError: when the run to resume was started with another configuration.
@@ -197,7 +202,7 @@ def train_seed(
         client.set_tag(run_id, "bundle_digest", digest)
         state.bundle_digest = digest
         state.save(folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         log.end("KILLED")
         raise
     except BaseException:

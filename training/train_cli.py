@@ -14,6 +14,7 @@ import typer
 from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, training_bars, write_whole
 
 if TYPE_CHECKING:
+    from training.seed_tasks import Where
     from training.train_config import TrainConfig
 
 _ModelName = Annotated[str, typer.Option("--name", help="Registered model.")]
@@ -48,6 +49,11 @@ def train(
         Path | None, typer.Option(help="Fine-tune for this service, as in configs/live/services; else as in what-if.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds that learn at once, each in a process.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Seeds as tasks of this Ray cluster (auto, ray://HOST:10001); local starts one here."),
+    ] = None,
     tracking_uri: _Tracking = None,
 ) -> None:
     """Train a policy, or fine-tune one on a trace of your own; judge it, and register it as a version in MLflow."""
@@ -74,26 +80,27 @@ def train(
         if source is not None and trace is not None:
             from training.fine_tune_cli import fine_tune
 
-            fine_tune(chosen, source, trace, spec, folder, resume)
+            fine_tune(chosen, source, trace, spec, folder, resume, (jobs, ray_address))
         else:
-            _train(chosen, folder, resume)
+            _train(chosen, folder, resume, (jobs, ray_address))
     except KeyboardInterrupt:
         options: list[tuple[str, object]] = [("--config", config), ("--out", out), ("--steps", steps)]
         options += [*(("--seed", value) for value in seed or ()), ("--suite", suite)]
-        options += [("--from", source), ("--trace", trace), ("--spec", spec), ("--tracking-uri", tracking_uri)]
+        options += [("--from", source), ("--trace", trace), ("--spec", spec), ("--jobs", jobs if jobs > 1 else None)]
+        options += [("--ray-address", ray_address), ("--tracking-uri", tracking_uri)]
         words = [str(word) for name, value in options if value is not None for word in (name, value)]
         say(f"interrupted; go on with: jevons train {shlex.join([*words, '--resume'])}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _train(config: TrainConfig, out: Path, resume: bool) -> None:
+def _train(config: TrainConfig, out: Path, resume: bool, where: Where) -> None:
     from envs.kernel_cache import warm_up
     from policies.engine import ConfigError
     from training.registry import register as register_version
     from training.registry import store_judgement
     from training.scenarios import load_suite
+    from training.seed_tasks import train_seeds
     from training.tracking import connect
-    from training.train import train_all
 
     # What the policy is judged on is checked before hours of training, not after.
     suite = None if config.evaluation_suite is None else load_suite(config.evaluation_suite)
@@ -105,7 +112,7 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             )
     warm_up(say)
     with training_bars() as (tell, bar):
-        best = train_all(config, out, resume, tell, bar)
+        best = train_seeds(config, out, resume, tell, bar, where)
         client = connect(config.tracking_uri)
         if suite is not None:
             from training.evaluate import evaluate
