@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,6 +88,15 @@ class SweepSpec(StrictModel):
             if not name.startswith(SEARCHABLE):
                 raise ValueError(f"parameters.{name}: only {', '.join(SEARCHABLE)} leave validation scores comparable")
         return self
+
+
+@dataclass
+class UnderWay:
+    """A trial that runs: its folder, and how many of its validations the study knows."""
+
+    trial: Trial
+    folder: Path
+    known: int = 0
 
 
 class TrialResult(NamedTuple):
@@ -183,7 +193,7 @@ class Sweep:
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=spec.startup_trials, n_warmup_steps=1),
         )
-        self._under_way: dict[int, tuple[Trial, Path]] = {}
+        self._under_way: dict[int, UnderWay] = {}
 
     def run(self, workers: Workers) -> FrozenTrial:
         """Run the trials that are left; the best of all.
@@ -254,27 +264,29 @@ class Sweep:
         folder = self.out / f"trial-{number}"
         config = varied(self.recipe, settings, f"trial {number}")
         config = config.model_copy(update={"name": f"{self.recipe.name}-trial{number}"})
-        self._under_way[trial.number] = trial, folder
+        self._under_way[trial.number] = UnderWay(trial, folder)
         workers.submit(trial.number, trial_task, config, folder)
 
     def _watch(self) -> None:
         """Show how far trials are, tell the study what they gave so far, stop those that lag behind."""
-        for trial, folder in self._under_way.values():
-            own = folder / f"seed-{self.recipe.seeds[0]}"
-            show_progress(own, self._bar, folder.name)
+        for item in self._under_way.values():
+            own = item.folder / f"seed-{self.recipe.seeds[0]}"
+            show_progress(own, self._bar, item.folder.name)
             try:
                 curve = RunState.load(own).curve
             except (OSError, ValueError):
                 continue  # it has only begun
-            for index, point in enumerate(curve):
-                trial.report(point["score"], index)  # one that is known already stays as it is
-            if trial.should_prune():
-                (folder / STOP_FILE).touch()
+            while item.known < len(curve):
+                item.trial.report(curve[item.known]["score"], item.known)
+                item.known += 1
+            if item.trial.should_prune():
+                (item.folder / STOP_FILE).touch()
 
     def _conclude(self, number: int, result: TrialResult) -> None:
         from optuna.trial import TrialState
 
-        trial, folder = self._under_way.pop(number)
+        item = self._under_way.pop(number)
+        trial, folder = item.trial, item.folder
         (folder / STOP_FILE).unlink(missing_ok=True)
         settings = ", ".join(f"{name} {_short(value)}" for name, value in trial.user_attrs["settings"].items())
         if result.scores:
