@@ -79,7 +79,7 @@ def prepared(recipe: TrainConfig, source: str, bundle: PolicyBundle, trace: Path
 
     Raises:
         BundleMismatch: when the bundle cannot go on learning, or was made for another interface.
-        ConfigError: when the service has no price of a miss.
+        ConfigError: when the service has no price of a miss, or a name that cannot be registered.
         TraceError: when the trace is too short for an episode.
     """
     manifest = bundle.manifest
@@ -88,6 +88,8 @@ def prepared(recipe: TrainConfig, source: str, bundle: PolicyBundle, trace: Path
             f"{bundle.source}: trained for another interface (control interval, metrics delay or action) than that of "
             f"service {service.service!r}"
         )
+    if set(service.service) & set("/:"):
+        raise ConfigError(f"service {service.service!r}: the name of a registered policy may hold neither / nor :")
     if service.objective.miss_price == 0:
         raise ConfigError(f"service {service.service!r}: objective.miss_price must be above 0 to learn from misses")
     spec = recipe.fine_tune or FineTuneSpec()

@@ -1,5 +1,6 @@
 """Seeds as tasks, and sweeps of them: over Ray, in processes, killed and taken up again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -78,7 +79,9 @@ def test_a_seed_learns_the_same_as_a_ray_task(ray_cluster: None, tmp_path: Path)
 
 @pytest.mark.integration
 def test_a_seed_whose_worker_is_killed_goes_on_from_its_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
-    config = recipe(tmp_path, total_steps=400 * ROLLOUT, checkpoint_every_steps=10 * ROLLOUT)
+    validation = {"every_steps": 50 * ROLLOUT, "episodes": 2, "patience": 1000}
+    changes = {"total_steps": 400 * ROLLOUT, "checkpoint_every_steps": 10 * ROLLOUT, "validation": validation}
+    config = recipe(tmp_path, **changes)
     folder = tmp_path / "run/seed-0"
     killed: dict[str, int] = {}
 
@@ -99,12 +102,13 @@ def test_a_seed_whose_worker_is_killed_goes_on_from_its_checkpoint(ray_cluster: 
     pids: set[int] = set()
 
     def bar(label: str, done: int, total: int) -> None:
-        pids.add(json.loads((folder / PROGRESS_FILE).read_text())["pid"])
+        with contextlib.suppress(OSError):  # it ended just now
+            pids.add(json.loads((folder / PROGRESS_FILE).read_text())["pid"])
 
     policy = train_as_tasks(config, tmp_path / "run", False, said.append, bar, RayTasks(1))
     killer.join(1.0)
     assert killed["steps"] < policy.state.steps
-    assert len(pids) == 2
+    assert pids - {killed["pid"]}
     # The second worker found what the first had learned: it did not start again.
     assert [line.split(":")[1].split()[0] for line in said] == ["best"]
     steps = [point["steps"] for point in policy.state.curve]
