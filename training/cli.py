@@ -13,7 +13,7 @@ import typer
 
 from autoscaler import edge_cli, run_cli
 from envs import trace_cli
-from training import profile_cli, record_cli, robustness_cli, train_cli, what_if_cli
+from training import profile_cli, record_cli, robustness_cli, sweep_cli, train_cli, what_if_cli
 from training.console import (
     check_writable,
     one_sentence_errors,
@@ -314,6 +314,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
 
 
 train_cli.register(app)
+sweep_cli.register(app)
 what_if_cli.register(app)
 record_cli.register(app)
 robustness_cli.register(app)

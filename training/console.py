@@ -117,6 +117,24 @@ def progress_bar(doing: str) -> Iterator[Progress]:
         yield lambda done, total, step: bar.update(task, completed=done, total=total, description=step)
 
 
+@contextmanager
+def training_bars() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """What training tells its progress: a function for messages, and one for bars (label, done, total), on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def bar(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total)
+            progress.update(tasks[label], completed=min(done, total))
+
+        yield progress.console.print, bar
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "SLO met": lambda row: f"{_figure(row['attainment'], '.2%')}{' ' if row['holds_slo'] else '*'}",
     "worst hour": lambda row: _figure(row["worst_hour_attainment"], ".1%"),

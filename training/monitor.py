@@ -21,6 +21,7 @@ from envs.vector_env import AutoscalingVecEnv
 from policies.contract import Floats
 from training.train_config import TrainConfig
 
+STATE_FILE = "state.json"
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -48,9 +49,9 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state; whole or not at all."""
-        part = folder / "state.json.part"
+        part = folder / f"{STATE_FILE}.part"
         part.write_text(json.dumps(asdict(self)))
-        part.replace(folder / "state.json")
+        part.replace(folder / STATE_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
@@ -59,7 +60,7 @@ class RunState:
         Raises:
             ValueError: when the file is not one.
         """
-        path = folder / "state.json"
+        path = folder / STATE_FILE
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -218,11 +219,15 @@ class TrainingMonitor(BaseCallback):
             self._next_checkpoint += self.config.checkpoint_every_steps
             self.checkpoint()
 
+    def judge(self) -> dict[str, float]:
+        """Validate the network; `score` decides, lower is better."""
+        return self.validator.run(lambda features: self.model.predict(features, deterministic=True)[0])
+
     def validate(self) -> dict[str, float]:
         """Judge the network; keep it when it is the best so far."""
         state = self.state
         started_s = time.perf_counter()
-        result = self.validator.run(lambda features: self.model.predict(features, deterministic=True)[0])
+        result = self.judge()
         state.curve.append({"steps": float(state.steps), **result})
         if result["score"] < state.best_score:
             state.best_score, state.best_steps, state.stale_validations = result["score"], state.steps, 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,37 @@ def promote(name: str, version: str, tracking_uri: str | None = None) -> Verdict
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
     client.set_model_version_tag(name, challenger.version, "verdict", "; ".join(verdict.reasons))
     return verdict
+
+
+def versus(evaluation: dict[str, Any], digest: str, other: str) -> Verdict:
+    """Whether the bundle `digest` wins an evaluation against the bundle `other`: a rival that misses the SLO has lost.
+
+    Args:
+        evaluation: `training.evaluate.Evaluation.to_json` of both.
+        digest: SHA-256 of the bundle that wants to win.
+        other: SHA-256 of its rival.
+    """
+    rival = _rows_of(evaluation, other)
+    held = all(held_scenarios(rival).values())
+    verdict = judge(_rows_of(evaluation, digest), rival if held else None)
+    if verdict.promote and not held:
+        return replace(verdict, reasons=("holds the SLO, which the policy that it came from misses",))
+    return replace(verdict, reasons=tuple(reason.replace("the champion", "the former") for reason in verdict.reasons))
+
+
+def promote_over(client: Any, name: str, version: str, former: str) -> str:
+    """Make a version that has won against the bundle `former` the champion of `name`, unless that is another one.
+
+    Returns:
+        Its place, in words.
+    """
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    if champion is not None:
+        digest = client.get_model_version(name, champion).tags.get("bundle_digest")
+        if digest != former:
+            return f"as challenger: its champion, version {champion}, is not the policy that this one has beaten"
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return "as champion"
 
 
 def judge(challenger: Sequence[dict[str, Any]], champion: Sequence[dict[str, Any]] | None) -> Verdict:

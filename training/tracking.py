@@ -16,10 +16,20 @@ DEFAULT_STORE = Path("runs/mlflow")
 EXPERIMENT = "jevons"
 
 
-def connect(tracking_uri: str | None = None) -> Any:
-    """An MLflow client on `tracking_uri`, the environment's MLFLOW_TRACKING_URI, or the embedded store; in this order.
+def store_uri(tracking_uri: str | None = None) -> str:
+    """`tracking_uri`, the environment's MLFLOW_TRACKING_URI, or the embedded store as an absolute path; in this order.
 
-    The embedded store is created when it does not exist.
+    The folder of the embedded store is created when it does not exist.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        DEFAULT_STORE.mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{(DEFAULT_STORE / 'mlflow.db').resolve()}"
+    return uri
+
+
+def connect(tracking_uri: str | None = None) -> Any:
+    """An MLflow client on the store that `store_uri` names, which is created when it does not exist.
 
     Raises:
         ConnectionError: when the store does not answer.
@@ -27,10 +37,7 @@ def connect(tracking_uri: str | None = None) -> Any:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        DEFAULT_STORE.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{(DEFAULT_STORE / 'mlflow.db').resolve()}"
+    uri = store_uri(tracking_uri)
     # Not mlflow.set_tracking_uri: it sets an environment variable, which would decide for later calls without a URI.
     client = mlflow.MlflowClient(uri)
     try:

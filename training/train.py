@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec
 from training.export import check_equal, probe_observations, to_onnx
-from training.monitor import RunState, TrainingMonitor, Validator
+from training.monitor import Log, RunState, TrainingMonitor, Validator
 from training.registry import BUNDLE_FILE
 from training.tracking import RunLog, code_version, connect, experiment_id
 from training.train_config import TrainConfig
@@ -37,6 +37,10 @@ VALIDATION_SEED = 20_000
 EQUALITY_PROBES = 10_000
 CHANGEABLE = {"total_steps", "seeds", "tracking_uri", "evaluation_suite", "checkpoint_every_steps"}
 """What a resumed run may be given anew."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in a callback to give a run up; what it has learned stays in its folder."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,68 @@ def train_all(config: TrainConfig, out: Path, resume: bool, say: Callable[[str],
         bar: called with (label, done, total) for progress.
     """
     torch.set_num_threads(1)  # two threads collapse when the cores are shared
-    bank = draw_worlds(config, lambda done, total: bar("drawing worlds", done, total))
+    course = course_of(config, out, lambda done, total: bar("drawing worlds", done, total))
+    bank = course.bank
     say(f"{len(bank)} scenarios on {len(bank.traces)} traces, {len(bank.library.arrival_s):,} requests")
-    return min((train_seed(config, bank, seed, out, resume, say, bar) for seed in config.seeds), key=lambda p: p.score)
+    return min(
+        (train_seed(config, course, seed, out, resume, say, bar) for seed in config.seeds), key=lambda p: p.score
+    )
+
+
+class Course(Protocol):
+    """What learning from scratch and fine-tuning differ in.
+
+    Attributes:
+        bank: the worlds to learn in.
+        part: share of every trace's time to learn on, as (from, to).
+    """
+
+    bank: ScenarioBank
+    part: tuple[float, float]
+
+    def begin(self) -> RunState:
+        """The state of a run that has not begun."""
+        ...
+
+    def first_model(self, model: PPO) -> PPO:
+        """A model to begin with, made of an untrained one."""
+        ...
+
+    def monitor(self, folder: Path, state: RunState, log: Log, on_progress: Callable[[int], None]) -> TrainingMonitor:
+        """What judges the network while it learns."""
+        ...
+
+
+class FromScratch:
+    """The course of a run that starts at a rule."""
+
+    def __init__(self, config: TrainConfig, bank: ScenarioBank) -> None:
+        self.config = config
+        self.bank = bank
+        self.part = (0.0, config.train_share)
+
+    def begin(self) -> RunState:
+        """Nothing is known."""
+        return RunState()
+
+    def first_model(self, model: PPO) -> PPO:
+        """Untrained, it is the rule."""
+        return model
+
+    def monitor(self, folder: Path, state: RunState, log: Log, on_progress: Callable[[int], None]) -> TrainingMonitor:
+        """Validates on the last part of every trace."""
+        config, part = self.config, (self.config.train_share, 1.0)
+        episodes = Episodes(self.bank, config.validation.episodes, config.episodes, VALIDATION_SEED, part)
+        return TrainingMonitor(config, folder, state, Validator(episodes, VALIDATION_SEED), log, on_progress)
+
+
+def course_of(config: TrainConfig, out: Path, on_trace: Callable[[int, int], None]) -> Course:
+    """The course that a configuration describes; `out` is the folder of the run."""
+    if config.fine_tune is None:
+        return FromScratch(config, draw_worlds(config, on_trace))
+    from training.fine_tune import FineTuning
+
+    return FineTuning(config, out, on_trace)
 
 
 def draw_worlds(config: TrainConfig, on_trace: Callable[[int, int], None]) -> ScenarioBank:
@@ -88,7 +151,7 @@ def draw_worlds(config: TrainConfig, on_trace: Callable[[int, int], None]) -> Sc
 
 def train_seed(
     config: TrainConfig,
-    bank: ScenarioBank,
+    course: Course,
     seed: int,
     out: Path,
     resume: bool,
@@ -97,7 +160,8 @@ def train_seed(
 ) -> TrainedPolicy:
     """Train one seed to its end, its early stop, or where it was interrupted.
 
-    Its MLflow run ends as FINISHED, as KILLED when interrupted, or as FAILED; a resumed run goes on in the same one.
+    Its MLflow run ends as FINISHED, as KILLED when interrupted or stopped, or as FAILED; a resumed run goes on in the
+    same one.
 
     Raises:
         ConfigError: when the run to resume was started with another configuration.
@@ -109,7 +173,7 @@ def train_seed(
         check_same(config, folder / "config.yaml")
         state = RunState.load(folder)
     else:
-        state = RunState()
+        state = course.begin()
     client = connect(config.tracking_uri)
     bundle, known_run = folder / BUNDLE_FILE, _run_exists(client, state.mlflow_run_id)
     if state.bundle_digest and known_run and bundle.is_file() and load_bundle(bundle).digest == state.bundle_digest:
@@ -128,16 +192,16 @@ def train_seed(
     log = RunLog(client, run_id)
     try:
         if not (known_run and state.curve):
-            _log_start(client, run_id, config, bank, seed)
-        _learn(config, bank, seed, folder, state, log, say, bar)
-        bundle, digest = write_policy(config, bank, folder, state, seed)
+            _log_start(client, run_id, config, course.bank, seed)
+        _learn(config, course, seed, folder, state, log, say, bar)
+        bundle, digest = write_policy(config, course.bank, folder, state, seed)
         for file in ("config.yaml", "best.zip", BUNDLE_FILE, "state.json"):
             client.log_artifact(run_id, str(folder / file))
         client.log_metric(run_id, "validation/best_score", state.best_score)
         client.set_tag(run_id, "bundle_digest", digest)
         state.bundle_digest = digest
         state.save(folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         log.end("KILLED")
         raise
     except BaseException:
@@ -149,7 +213,7 @@ def train_seed(
 
 def _learn(
     config: TrainConfig,
-    bank: ScenarioBank,
+    course: Course,
     seed: int,
     folder: Path,
     state: RunState,
@@ -158,17 +222,16 @@ def _learn(
     bar: Any,
 ) -> None:
     """Everything between the start of a seed, or where its checkpoint left it, and its best network."""
-    held_out = Episodes(bank, config.validation.episodes, config.episodes, VALIDATION_SEED, (config.train_share, 1.0))
-    validator = Validator(held_out, VALIDATION_SEED)
-    env = AutoscalingVecEnv(bank, config.ppo.num_envs, config.episodes, seed=seed, part=(0.0, config.train_share))
-    model = PPO.load(folder / state.checkpoint, env, device="cpu") if state.checkpoint else new_model(config, env, seed)
+    monitor = course.monitor(folder, state, log, lambda steps: bar(f"seed {seed}", steps, config.total_steps))
+    env = AutoscalingVecEnv(course.bank, config.ppo.num_envs, config.episodes, seed=seed, part=course.part)
+    if state.checkpoint:
+        model = PPO.load(folder / state.checkpoint, env, device="cpu")
+    else:
+        model = course.first_model(new_model(config, env, seed))
     # A resumed run draws new episodes: those before the interruption are learned from already. Making or loading a
     # model seeds the environment too, so this comes after it.
     model.set_random_seed((seed + 1_000_003 * state.steps) % (1 << 31))
     model.set_logger(Logger(folder=None, output_formats=[]))
-    monitor = TrainingMonitor(
-        config, folder, state, validator, log, lambda steps: bar(f"seed {seed}", steps, config.total_steps)
-    )
     monitor.init_callback(model)
     if not state.curve:
         say(f"seed {seed}: start {_words(monitor.validate())}")

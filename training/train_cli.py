@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, write_whole
+from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, training_bars, write_whole
 
 if TYPE_CHECKING:
+    from training.seed_tasks import Where
     from training.train_config import TrainConfig
 
 _ModelName = Annotated[str, typer.Option("--name", help="Registered model.")]
@@ -27,46 +28,79 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Option("--config", help="Training configuration, YAML.")] = Path(
-        "configs/train.yaml"
-    ),
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/train"),
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Training configuration, YAML.  [default: configs/train.yaml, with --from fine_tune.yaml]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.  [default: runs/train, with --from runs/fine-tune]")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Environment steps per seed.")] = None,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeat for several.")] = None,
     suite: Annotated[str | None, typer.Option("--suite", help="Train on this suite's traces as well.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Fine-tune: champion, learned, a bundle, the folder of a run, or models:/NAME@ALIAS."
+        ),
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Fine-tune on this request log.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="Fine-tune for this service, as in configs/live/services; else as in what-if.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds that learn at once, each in a process.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Seeds as tasks of this Ray cluster (auto, ray://HOST:10001); local starts one here."),
+    ] = None,
     tracking_uri: _Tracking = None,
 ) -> None:
-    """Train a policy, judge it, and register it as a version in MLflow."""
+    """Train a policy, or fine-tune one on a trace of your own; judge it, and register it as a version in MLflow."""
+    from policies.spec import shipped_configs
     from training.train_config import load_train_config
 
-    chosen = load_train_config(config)
+    if (source is None) != (trace is None):
+        raise ValueError("--from and --trace go together: the policy to start from, and the traffic to tune it on")
+    if source is None and spec is not None:
+        raise ValueError("--spec: says which service to fine-tune for; it needs --from and --trace")
+    if source is not None and suite is not None:
+        raise ValueError("--suite: applies to training from scratch, not to --from")
+    tuning = source is not None
+    chosen = load_train_config(
+        config or (shipped_configs() / "fine_tune.yaml" if tuning else Path("configs/train.yaml"))
+    )
     changes = {"total_steps": steps, "seeds": tuple(seed) if seed else None, "suite": suite}
     changes["tracking_uri"] = tracking_uri
     chosen = chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    if out.exists() and any(out.glob("seed-*")) and not resume:
-        raise ValueError(f"{out}: holds a run already: --resume to go on with it, or another --out")
+    folder = out or Path("runs/fine-tune" if tuning else "runs/train")
+    if folder.exists() and any(folder.glob("seed-*")) and not resume:
+        raise ValueError(f"{folder}: holds a run already: --resume to go on with it, or another --out")
     try:
-        _train(chosen, out, resume)
+        if source is not None and trace is not None:
+            from training.fine_tune_cli import fine_tune
+
+            fine_tune(chosen, source, trace, spec, folder, resume, (jobs, ray_address))
+        else:
+            _train(chosen, folder, resume, (jobs, ray_address))
     except KeyboardInterrupt:
         options: list[tuple[str, object]] = [("--config", config), ("--out", out), ("--steps", steps)]
-        options += [*(("--seed", value) for value in seed or ()), ("--suite", suite), ("--tracking-uri", tracking_uri)]
+        options += [*(("--seed", value) for value in seed or ()), ("--suite", suite)]
+        options += [("--from", source), ("--trace", trace), ("--spec", spec), ("--jobs", jobs if jobs > 1 else None)]
+        options += [("--ray-address", ray_address), ("--tracking-uri", tracking_uri)]
         words = [str(word) for name, value in options if value is not None for word in (name, value)]
-        say(f"interrupted; go on with: jevons train {shlex.join(words)} --resume")
+        say(f"interrupted; go on with: jevons train {shlex.join([*words, '--resume'])}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _train(config: TrainConfig, out: Path, resume: bool) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _train(config: TrainConfig, out: Path, resume: bool, where: Where) -> None:
     from envs.kernel_cache import warm_up
     from policies.engine import ConfigError
     from training.registry import register as register_version
     from training.registry import store_judgement
     from training.scenarios import load_suite
+    from training.seed_tasks import train_seeds
     from training.tracking import connect
-    from training.train import train_all
 
     # What the policy is judged on is checked before hours of training, not after.
     suite = None if config.evaluation_suite is None else load_suite(config.evaluation_suite)
@@ -77,16 +111,8 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
                 "(control interval, metrics delay or action) than the one trained for"
             )
     warm_up(say)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, Any] = {}
-
-        def bar(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=min(done, total))
-
-        best = train_all(config, out, resume, progress.console.print, bar)
+    with training_bars() as (tell, bar):
+        best = train_seeds(config, out, resume, tell, bar, where)
         client = connect(config.tracking_uri)
         if suite is not None:
             from training.evaluate import evaluate

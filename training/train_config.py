@@ -11,6 +11,7 @@ from envs.episodes import EpisodeSpec
 from envs.randomization import Randomization
 from policies.engine import NonNegative, Positive, StrictModel, load_model
 from policies.spec import GuardrailSpec, InterfaceSpec, ObjectiveSpec, Share
+from training.fine_tune_config import FineTuneSpec
 
 
 class PpoSpec(StrictModel):
@@ -74,6 +75,7 @@ class TrainConfig(StrictModel):
     ppo: PpoSpec = Field(default=PpoSpec(), description="The learner.")
     validation: ValidationSpec = Field(default=ValidationSpec(), description="Progress and early stopping.")
     warm_start: WarmStartSpec | None = Field(default=WarmStartSpec(), description="Start from a guarded rule.")
+    fine_tune: FineTuneSpec | None = Field(default=None, description="Start from a policy, on a service's own traffic.")
 
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:

@@ -18,9 +18,11 @@ from envs.randomization import steady_demand
 from envs.trace_formats import import_trace
 from policies.engine import ColdStart, EngineProfile
 from policies.fleet import Fleet
-from policies.spec import PoolSpec, ScalingSpec, Slo
+from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs
 from training.scenarios import Scenario, Suite, TraceSource
 
+DEFAULT_ENGINE, DEFAULT_TTFT_S, DEFAULT_TPOT_S, DEFAULT_ATTAINMENT = "llama-3.1-8b-h100", 3.0, 0.08, 0.95
+"""The service where nothing is said."""
 BUSIEST_S = 300.0
 ROOM = 3.0
 """`max_replicas` over the mean demand of the busiest five minutes, where it is not given."""
@@ -71,7 +73,7 @@ def suite_of(
     for cold_start_s, ttft_s, tpot_s in itertools.product(sweep.cold_start_s, sweep.ttft_s, sweep.tpot_s):
         slo = Slo(ttft_s=ttft_s, tpot_s=tpot_s, attainment=sweep.attainment)
         started = engine.cold_start if cold_start_s is None else stretched(engine.cold_start, cold_start_s)
-        first, busiest = _replicas(engine, slo, RequestLibrary.of([requests]), requests.duration_s)
+        first, busiest = replicas_needed(engine, slo, RequestLibrary.of([requests]), requests.duration_s)
         most = max_replicas or max(2, math.ceil(ROOM * busiest))
         scenarios.append(
             Scenario(
@@ -94,6 +96,17 @@ def suite_of(
     return Suite(name=f"what if: {trace.name}", scenarios=tuple(scenarios))
 
 
+def default_scenario(trace: Path) -> Scenario:
+    """A trace on the service that is assumed where nothing is said.
+
+    Raises:
+        TraceError: when the trace cannot be used.
+    """
+    sweep = Sweep((None,), (DEFAULT_TTFT_S,), (DEFAULT_TPOT_S,), DEFAULT_ATTAINMENT)
+    (scenario,) = suite_of(trace, find_engine(DEFAULT_ENGINE, shipped_configs()), sweep).scenarios
+    return scenario
+
+
 def stretched(start: ColdStart, total_s: float) -> ColdStart:
     """The same stages, stretched to a total; all of it is the load where the profile has none."""
     if start.total_s <= 0:
@@ -107,7 +120,7 @@ def stretched(start: ColdStart, total_s: float) -> ColdStart:
     )
 
 
-def _replicas(engine: EngineProfile, slo: Slo, library: RequestLibrary, duration_s: float) -> tuple[float, float]:
+def replicas_needed(engine: EngineProfile, slo: Slo, library: RequestLibrary, duration_s: float) -> tuple[float, float]:
     """Replicas that the first and the busiest five minutes need when their work comes evenly."""
     span_s = min(BUSIEST_S, max(duration_s, 1.0))
     starts = np.arange(0.0, max(duration_s, 1.0), span_s)

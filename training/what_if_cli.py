@@ -12,8 +12,6 @@ import typer
 
 from training.console import check_writable, one_sentence_errors, progress_bar, say, show_evaluation, write_json
 
-DEFAULT_TTFT_S, DEFAULT_TPOT_S = 3.0, 0.08
-
 
 @one_sentence_errors
 def what_if(
@@ -53,7 +51,7 @@ def what_if(
     from training.evaluate import evaluate
     from training.result_cache import ResultCache
     from training.standings import flat_rows
-    from training.what_if import Sweep, numbers, suite_of
+    from training.what_if import DEFAULT_TPOT_S, DEFAULT_TTFT_S, Sweep, numbers, suite_of
 
     check_writable(json_file, report)
     if not 0 < attainment < 1:

@@ -27,6 +27,10 @@ class Workers(Protocol):
         """Hand a task in; `key` comes back with its result."""
         ...
 
+    def any_done(self, timeout_s: float) -> bool:
+        """Whether `next_done` has something to give, after waiting for it at most `timeout_s` seconds."""
+        ...
+
     def next_done(self) -> tuple[Any, Any]:
         """Key and result of a task that is done; waits for one. An error of the task is raised here.
 
@@ -47,6 +51,10 @@ class InProcess:
     def submit(self, key: Any, task: Task, *args: Any) -> None:
         """Queue a task."""
         self._waiting.append((key, task, args))
+
+    def any_done(self, timeout_s: float) -> bool:
+        """Whether a task is waiting: it runs when its result is asked for."""
+        return bool(self._waiting)
 
     def next_done(self) -> tuple[Any, Any]:
         """Run the oldest task."""
@@ -70,6 +78,10 @@ class LocalPool:
     def submit(self, key: Any, task: Task, *args: Any) -> None:
         """Hand a task to the pool."""
         self._keys[self._pool.submit(task, *args)] = key
+
+    def any_done(self, timeout_s: float) -> bool:
+        """Wait for a result."""
+        return bool(wait(self._keys, timeout_s, FIRST_COMPLETED).done)
 
     def next_done(self) -> tuple[Any, Any]:
         """The first result."""
@@ -101,6 +113,10 @@ class RayTasks:
             self._remote[task] = self._ray.remote(num_cpus=1)(task)
         self._keys[self._remote[task].remote(*args)] = key
 
+    def any_done(self, timeout_s: float) -> bool:
+        """Wait for a result."""
+        return bool(self._ray.wait(list(self._keys), num_returns=1, timeout=timeout_s)[0])
+
     def next_done(self) -> tuple[Any, Any]:
         """The first result."""
         if not self._keys:
@@ -115,13 +131,14 @@ class RayTasks:
 
 
 @contextmanager
-def open_workers(jobs: int, ray_address: str | None = None) -> Iterator[Workers]:
+def open_workers(jobs: int, ray_address: str | None = None, apart: bool = False) -> Iterator[Workers]:
     """Workers for a block of code; what is still under way at its end is given up.
 
     Args:
         jobs: processes; 1 works in this one.
         ray_address: of a Ray cluster, as `ray.init` reads it (``auto``, ``ray://HOST:10001``); ``local`` starts one on
             this machine with `jobs` CPUs. Then `jobs` means nothing else.
+        apart: work in a process of its own even where it is only one, so that this one can look on.
 
     Raises:
         ValueError: when `jobs` is below 1, or the cluster cannot be reached.
@@ -132,7 +149,7 @@ def open_workers(jobs: int, ray_address: str | None = None) -> Iterator[Workers]
         with _ray_cluster(ray_address, jobs) as width:
             yield RayTasks(width)
         return
-    if jobs == 1:
+    if jobs == 1 and not apart:
         yield InProcess()
         return
     # Spawned, not forked: the parent may hold threads (onnxruntime, numba) that a fork would leave locked.
