@@ -6,6 +6,7 @@ This module must not know about learning algorithms.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -204,7 +205,7 @@ class Episodes:
         step_s = self.length_s / blocks
         edges = self.bank.library.rows(traces, origin_s + step_s * np.arange(blocks + 1)[:, np.newaxis])
         usd_per_s = np.zeros(len(traces))
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
+        for first, end in pairwise(edges):
             demand = steady_demand(fleet, self.bank.library.totals(first, end), np.full(len(traces), step_s))
             replicas = np.where(fleet.exists, np.maximum(np.ceil(demand), 1.0), np.inf)
             usd_per_s += (replicas * np.where(fleet.exists, fleet.usd_per_replica_s, 1.0)).min(axis=1)

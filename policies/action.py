@@ -2,8 +2,8 @@
 
 The outputs are residuals on a reference rule, so an untrained policy (all zeros) is already a sane autoscaler. They do
 not depend on the number of pools: within a price class, capacity is bought where a unit of this traffic is cheapest.
-Headroom and slack are a band, not a count: the fleet in force stays as it is within it. A replica that is given back and
-asked for again is paid for while it starts and missed meanwhile, so a policy must be able to do nothing.
+Headroom and slack are a band, not a count: the fleet in force stays as it is within it. A replica that is given back
+and asked for again is paid for while it starts and missed meanwhile, so a policy must be able to do nothing.
 """
 
 from __future__ import annotations

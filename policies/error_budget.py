@@ -1,8 +1,8 @@
 """Slow controllers that move a policy's caution at run time from the measured attainment.
 
 Hindsight tuning is what operators don't have: instead of a constant margin, the margin follows the error budget.
-`BudgetDial` puts a dial where the spent share of the budget says, for a policy that has learned what every position of
-its dial costs. `ErrorBudget` moves a dial up or down from where it stands, for a policy whose right margin nobody knows.
+`BudgetDial` puts a dial where the spent share of the budget says, for a policy that has learned what every position
+of its dial costs. `ErrorBudget` moves a dial from where it stands, for a policy whose right margin nobody knows.
 This module must not know what the dial means to the policy that reads it.
 """
 

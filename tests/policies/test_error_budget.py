@@ -145,7 +145,9 @@ def test_the_dial_starts_at_the_prior_and_one_window_hardly_moves_it() -> None:
 def test_in_the_long_run_it_stands_at_the_share_of_the_allowance_that_is_missed(
     attained: float, expected: float
 ) -> None:
-    assert dial_after(BudgetDial(fleet(), -1.0, 1.0), 30 * WINDOWS_PER_HOUR, attained) == pytest.approx(expected, abs=1e-2)
+    assert dial_after(BudgetDial(fleet(), -1.0, 1.0), 30 * WINDOWS_PER_HOUR, attained) == pytest.approx(
+        expected, abs=1e-2
+    )
 
 
 def test_an_overdrawn_budget_is_paid_back_before_the_dial_comes_down() -> None:
