@@ -45,8 +45,9 @@ def judged(snapshot: Snapshot, fleet: Fleet) -> Verdicts:
 class BudgetDial:
     """A dial per service between two ends, as far up as the error budget is spent.
 
-    Nothing missed is the low end, the whole allowance the high one; in between the dial is linear. So it settles where
-    the policy misses about as much as the position of the dial says, always within the allowance if the policy can.
+    Nothing missed is the low end, the whole allowance the high one. So it settles where the policy misses about as much
+    as the position of the dial says, within the allowance if the policy can. It rises at once and falls slowly: a dial
+    that falls as fast as misses are forgotten swings around the position that would do.
     Misses and requests are remembered for some hours. What was before the first request is unknown: `PRIOR` of the
     budget counts as spent over `PRIOR_S` of traffic, and is forgotten like the rest.
 
@@ -58,7 +59,10 @@ class BudgetDial:
 
     MEMORY_S = 4 * 3600.0
     PRIOR = 0.6
-    PRIOR_S = 1800.0
+    PRIOR_S = 3600.0
+    POWER = 1.5
+    """Of the spent share: above 1, more of the budget is used before the dial is far up."""
+    FALL_PER_HOUR = 1.0
 
     def __init__(self, fleet: Fleet, low: float, high: float) -> None:
         self.fleet = fleet
@@ -68,6 +72,7 @@ class BudgetDial:
         # Fading sums of the windows that were measured: requests missed and counted, and their seconds.
         self._missed, self._counted, self._seconds = np.zeros(n), np.zeros(n), np.zeros(n)
         self._prior_s = np.full(n, self.PRIOR_S)
+        self.dial = self._wanted()
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
@@ -75,10 +80,12 @@ class BudgetDial:
         for array in (self._missed, self._counted, self._seconds):
             array[rows] = 0.0
         self._prior_s[rows] = self.PRIOR_S
+        self.dial[rows] = self._wanted()[rows]
 
     def state(self) -> dict[str, Floats]:
-        """What is remembered, (n,) each."""
+        """The dial and what is remembered, (n,) each."""
         return {
+            "dial": self.dial,
             "missed": self._missed,
             "counted": self._counted,
             "seconds": self._seconds,
@@ -87,6 +94,7 @@ class BudgetDial:
 
     def restore(self, state: Mapping[str, Floats]) -> None:
         """Go on from what `state` returned."""
+        self.dial = np.clip(state["dial"], self.low, self.high)
         self._missed, self._counted, self._seconds, self._prior_s = (
             np.array(state[name], np.float64) for name in ("missed", "counted", "seconds", "prior_s")
         )
@@ -109,7 +117,14 @@ class BudgetDial:
         self._counted = keep * self._counted + np.where(window.known, window.requests, 0.0)
         self._seconds = keep * self._seconds + seconds
         self._prior_s = keep * self._prior_s
-        return self.low + (self.high - self.low) * np.minimum(self.spent, 1.0)
+        lowest = self.dial - self.FALL_PER_HOUR * seconds / 3600.0
+        self.dial = np.where(window.known, np.maximum(self._wanted(), lowest), self.dial)
+        return self.dial
+
+    def _wanted(self) -> Floats:
+        """(n,) where the spent share would put the dial."""
+        wanted: Floats = self.low + (self.high - self.low) * np.minimum(self.spent, 1.0) ** self.POWER
+        return wanted
 
 
 class ErrorBudget:

@@ -135,25 +135,34 @@ def dial_after(dial: BudgetDial, windows: int, attained: float) -> float:
 def test_the_dial_starts_at_the_prior_and_one_window_hardly_moves_it() -> None:
     dial = BudgetDial(fleet(), -1.0, 1.0)
     assert dial.spent == pytest.approx([0.6])
-    # 30 requests a window of 15 s; the prior stands for half an hour of them, less what has faded.
-    before = 2.0 * 1800.0 * np.exp(-15.0 / 14_400.0)
+    assert dial.dial == pytest.approx([2.0 * 0.6**1.5 - 1.0])
+    # 30 requests a window of 15 s; the prior stands for an hour of them, less what has faded.
+    before = 2.0 * 3600.0 * np.exp(-15.0 / 14_400.0)
     spent = (0.3 / 0.01 + 0.6 * before) / (30.0 + before)
-    assert dial.update(snapshot(ttft_attainment=0.99)) == pytest.approx([2.0 * spent - 1.0])
+    assert dial.update(snapshot(ttft_attainment=0.99)) == pytest.approx([2.0 * spent**1.5 - 1.0])
 
 
-@pytest.mark.parametrize(("attained", "expected"), [(1.0, -1.0), (0.995, 0.0), (0.99, 1.0), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("attained", "expected"), [(1.0, -1.0), (0.995, 2.0 * 0.5**1.5 - 1.0), (0.99, 1.0), (0.5, 1.0)]
+)
 def test_in_the_long_run_it_stands_at_the_share_of_the_allowance_that_is_missed(
     attained: float, expected: float
 ) -> None:
-    assert dial_after(BudgetDial(fleet(), -1.0, 1.0), 30 * WINDOWS_PER_HOUR, attained) == pytest.approx(
-        expected, abs=1e-2
-    )
+    settled = dial_after(BudgetDial(fleet(), -1.0, 1.0), 30 * WINDOWS_PER_HOUR, attained)
+    assert settled == pytest.approx(expected, abs=0.01)
+
+
+def test_it_falls_by_one_an_hour_at_most_and_rises_at_once() -> None:
+    dial = BudgetDial(fleet(), -10.0, 10.0)
+    start = float(dial.dial[0])
+    assert dial_after(dial, WINDOWS_PER_HOUR, 1.0) == pytest.approx(start - 1.0)
+    assert dial_after(dial, 20, 0.0) == 10.0
 
 
 def test_an_overdrawn_budget_is_paid_back_before_the_dial_comes_down() -> None:
     dial = BudgetDial(fleet(), -1.0, 1.0)
-    dial_after(dial, 20, 0.0)
-    assert dial.spent[0] > 10.0
+    dial_after(dial, 40, 0.0)
+    assert dial.spent[0] > 5.0
     assert dial_after(dial, WINDOWS_PER_HOUR, 1.0) == 1.0
     assert dial_after(dial, 20 * WINDOWS_PER_HOUR, 1.0) < -0.5
 

@@ -407,7 +407,7 @@ from policies.learned import LearnedPolicy, load_bundle
 from policies.observation import FEATURES
 from policies.spec import InterfaceSpec
 policy = LearnedPolicy(load_bundle(Path(sys.argv[1])), Fleet.empty(2, 1), InterfaceSpec())
-assert policy.outputs(np.zeros((2, len(FEATURES)), np.float32)).shape == (2, 3)
+assert policy.outputs(np.zeros((2, len(FEATURES)), np.float32)).shape == (2, 4)
 loaded = {"torch", "onnx", "stable_baselines3", "gymnasium", "numba", "mlflow"} & set(sys.modules)
 print(f"loaded: {sorted(loaded)}")
 """
