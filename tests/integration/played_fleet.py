@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 from aiohttp import web
@@ -30,7 +31,6 @@ class PlayedFleet:
         service: name of the Deployment, and label of the series.
         profile: of the engines.
         boot_s: seconds from the start of a replica to its readiness.
-        also_scraped: further targets of Prometheus.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class PlayedFleet:
         service: str,
         profile: EngineProfile,
         boot_s: float,
-        also_scraped: list[tuple[str, dict[str, str]]],
     ) -> None:
         self.port = free_port()
         self.service = service
         self.killed_with_requests = 0
         self.most = 0
-        self._kube, self._prometheus, self._profile = kube, prometheus, profile
-        self._boot_s, self._also = boot_s, also_scraped
+        self.paid_s = 0.0
+        """Replica-seconds so far, from the start of a replica until its last request is answered."""
+        self._prometheus, self._profile, self._boot_s = prometheus, profile, boot_s
         self._api = kube_api(kube)
         self._engines: dict[str, tuple[web.AppRunner, EngineServer]] = {}
         self._leaving: list[tuple[web.AppRunner, EngineServer]] = []
@@ -63,9 +63,13 @@ class PlayedFleet:
         self._api.close()
 
     async def _play(self) -> None:
+        looked_s = time.monotonic()
         while not self._stop.is_set():
             await self._look()
             await asyncio.sleep(LOOK_S)
+            now_s = time.monotonic()
+            self.paid_s += (len(self._engines) + len(self._leaving)) * (now_s - looked_s)
+            looked_s = now_s
         for runner, _ in [*self._engines.values(), *self._leaving]:
             await runner.cleanup()
 
@@ -121,7 +125,7 @@ class PlayedFleet:
 
     def _scrape(self) -> None:
         own = [(f"{self._address(name)}:{self.port}", {"service": self.service}) for name in self._engines]
-        self._prometheus.scrape([*own, *self._also])
+        self._prometheus.scrape(own, f"-{self.service}")
 
 
 def _busy(engine: EmulatedEngine) -> bool:

@@ -136,15 +136,14 @@ class Prometheus(Process):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.targets = folder / "targets.json"
-        self.targets.write_text("[]")
+        (folder / "targets.json").write_text("[]")
         interval = f"{round(scrape_s * 1000)}ms"
         config = {
             "global": {"scrape_interval": interval, "scrape_timeout": interval},
             "scrape_configs": [
                 {
                     "job_name": "tests",
-                    "file_sd_configs": [{"files": [str(self.targets)], "refresh_interval": "1s"}],
+                    "file_sd_configs": [{"files": [str(folder / "targets*.json")], "refresh_interval": "1s"}],
                 }
             ],
         }
@@ -168,11 +167,12 @@ class Prometheus(Process):
     def restart(self) -> None:
         self._start()
 
-    def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-        """Scrape these: (address, labels)."""
-        partial = self.targets.with_suffix(".partial")
+    def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]], owner: str = "") -> None:
+        """Scrape these, (address, labels), in the place of what the same owner named before."""
+        targets = self.folder / f"targets{owner}.json"
+        partial = targets.with_suffix(".partial")
         partial.write_text(json.dumps([{"targets": [at], "labels": dict(labels)} for at, labels in groups]))
-        partial.replace(self.targets)
+        partial.replace(targets)
 
     def wait_scraped(self, addresses: Sequence[str]) -> None:
         """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
@@ -224,6 +224,57 @@ class HAProxy(Process):
 
     def url(self, backend: str) -> str:
         return f"http://127.0.0.1:{self.ports[backend]}"
+
+    def serves(self, backend: str) -> bool:
+        """Whether it has a server that takes requests."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as response:
+            lines = response.read().decode().splitlines()
+        name = f'haproxy_backend_active_servers{{proxy="{backend}"}} '
+        return any(line.startswith(name) and float(line.removeprefix(name)) > 0 for line in lines)
+
+
+class MLflow(Process):
+    """A tracking server with a model registry."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"]
+        # Without its job workers, which would outlive it.
+        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        super().__init__(command, folder / "mlflow.log", environment)
+        self.wait(lambda: answers(f"{self.url}/health"), "MLflow")
+
+
+class Controller(Process):
+    """`jevons run` with one configuration.
+
+    Args:
+        folder: for its log.
+        config: the YAML file.
+        options: such as `--no-ray`.
+    """
+
+    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+        self._jevons = str(Path(sys.executable).parent / "jevons")
+        self.config = config
+        environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        command = [self._jevons, "run", *options, "--config", str(config)]
+        super().__init__(command, folder / f"{config.stem}-run.log", environment)
+
+    def order(self, *words: str) -> str:
+        """What another `jevons` command on the same configuration says; an error when it fails."""
+        command = [self._jevons, *words, "--config", str(self.config)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    def down(self) -> None:
+        """End in order."""
+        self.order("down")
+        self.process.wait(120)
 
 
 class KubeApiServer:
