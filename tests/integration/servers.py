@@ -262,7 +262,7 @@ class Controller(Process):
     def __init__(self, folder: Path, config: Path, *options: str) -> None:
         self._jevons = str(Path(sys.executable).parent / "jevons")
         self.config = config
-        environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {"RAY_AUTH_MODE": "disabled", "RAY_enable_worker_prestart": "0"}
         command = [self._jevons, "run", *options, "--config", str(config)]
         super().__init__(command, folder / f"{config.stem}-run.log", environment)
 

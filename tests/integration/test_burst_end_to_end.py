@@ -7,6 +7,7 @@ costs are what ran, in replica-seconds, over the tokens that clients received.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -209,7 +210,7 @@ def played(
         for loop in loops:
             loop.start()
         acted = "the first act"
-        wait_until(lambda: any(tick.concluded for tick in read_ticks(database)), acted, limit_s=300.0, pause_s=0.5)
+        wait_until(lambda: any(tick.concluded for tick in read_ticks(database)), acted, limit_s=400.0, pause_s=0.5)
         for backend in (fleet.service, fixed_fleet.service):
             wait_until(lambda name=backend: haproxy.serves(name), f"{backend} has servers")
         began_s, paid_s, fixed_paid_s = time.time(), fleet.paid_s, fixed_fleet.paid_s
@@ -307,11 +308,11 @@ def mlflow(tmp_path: Path) -> Iterator[MLflow]:
     server.stop()
 
 
-def champion(mlflow: MLflow) -> str:
+def champion(mlflow: MLflow, folder: Path) -> str:
     """The shipped bundle as champion of a model in the registry; its digest."""
     client = connect(mlflow.url)
     run = client.create_run(experiment_id(client)).info.run_id
-    client.log_artifact(run, str(SHIPPED_BUNDLE.with_name(BUNDLE_FILE)))
+    client.log_artifact(run, shutil.copy(SHIPPED_BUNDLE, folder / BUNDLE_FILE))
     digest = load_bundle(SHIPPED_BUNDLE).digest
     version = register(client, "shipped", run, digest)
     client.set_registered_model_alias("shipped", "champion", version)
@@ -328,7 +329,7 @@ def test_the_shipped_policy_from_a_registry_on_ray_meets_a_burst_for_less_than_a
     tmp_path: Path,
 ) -> None:
     """In real time: the shipped policy ticks every 15 seconds."""
-    digest = champion(mlflow)
+    digest = champion(mlflow, tmp_path)
     fleet, fixed_fleet = fleets
     slow: dict[str, Any] = {"spec": {"guardrails": {"scale_down_cooldown_s": 30.0}}}
     policy = {"reference": "models:/shipped@champion", "tracking_uri": mlflow.url}
