@@ -31,6 +31,7 @@ class PlayedFleet:
         service: name of the Deployment, and label of the series.
         profile: of the engines.
         boot_s: seconds from the start of a replica to its readiness.
+        port: of every replica; any free one when left out.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class PlayedFleet:
         service: str,
         profile: EngineProfile,
         boot_s: float,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.service = service
         self.killed_with_requests = 0
         self.most = 0

@@ -5,6 +5,7 @@ A server whose program is not installed raises `Missing`, with how to get it.
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import http.client
 import json
@@ -129,13 +130,56 @@ class Engine(Process):
         return self
 
 
-class Prometheus(Process):
-    """Prometheus with one file of targets, which `scrape` writes."""
+class Guard:
+    """A certificate of a certificate authority of its own, and the password that a server asks for.
 
-    def __init__(self, folder: Path, scrape_s: float = 1.0) -> None:
+    Args:
+        folder: for keys and certificates.
+    """
+
+    USER, PASSWORD = "jevons", "secret"
+    BCRYPT = "$2b$04$YwwOP3WBh6kP/635Md9MG.HSI6tQetb5JbrB0G3UIziWe5hNQbL36"
+    """Of the password."""
+
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.ca, self.certificate, self.key = (folder / name for name in ("ca.crt", "server.crt", "server.key"))
+        request, ca_key, names = folder / "server.csr", folder / "ca.key", folder / "names"
+        names.write_text("subjectAltName=IP:127.0.0.1\n")
+        new = ["-newkey", "rsa:2048", "-nodes"]
+        signer = ["-CA", str(self.ca), "-CAkey", str(ca_key), "-CAcreateserial", "-days", "2"]
+        for command in (
+            ["req", "-x509", *new, "-keyout", str(ca_key), "-out", str(self.ca), "-subj", "/CN=tests", "-days", "2"],
+            ["req", *new, "-keyout", str(self.key), "-out", str(request), "-subj", "/CN=127.0.0.1"],
+            ["x509", "-req", "-in", str(request), "-out", str(self.certificate), "-extfile", str(names), *signer],
+        ):
+            subprocess.run([program("openssl", "openssl"), *command], check=True, capture_output=True)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": "Basic " + base64.b64encode(f"{self.USER}:{self.PASSWORD}".encode()).decode()}
+
+    def options(self, folder: Path) -> list[str]:
+        """For a Prometheus."""
+        files = {"cert_file": str(self.certificate), "key_file": str(self.key)}
+        config = {"tls_server_config": files, "basic_auth_users": {self.USER: self.BCRYPT}}
+        (folder / "web.yml").write_text(yaml.safe_dump(config))
+        return [f"--web.config.file={folder / 'web.yml'}"]
+
+
+class Prometheus(Process):
+    """Prometheus with files of targets, which `scrape` writes.
+
+    Args:
+        folder: its own.
+        scrape_s: time between two scrapes, seconds.
+        guard: certificate and password, none when left out.
+    """
+
+    def __init__(self, folder: Path, scrape_s: float = 1.0, guard: Guard | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.port, self._guard = folder, free_port(), guard
+        self.url = f"{'https' if guard else 'http'}://127.0.0.1:{self.port}"
         (folder / "targets.json").write_text("[]")
         interval = f"{round(scrape_s * 1000)}ms"
         config = {
@@ -159,13 +203,25 @@ class Prometheus(Process):
                 f"--storage.tsdb.path={self.folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
                 "--web.enable-lifecycle",
+                *(self._guard.options(self.folder) if self._guard else ()),
             ],
             self.folder / "prometheus.log",
         )
-        self.wait(lambda: answers(f"{self.url}/-/ready"), "Prometheus")
+        self.wait(lambda: self._answers("/-/ready"), "Prometheus")
 
     def restart(self) -> None:
         self._start()
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return self._guard.headers if self._guard else {}
+
+    @property
+    def _context(self) -> ssl.SSLContext | None:
+        return ssl.create_default_context(cafile=str(self._guard.ca)) if self._guard else None
+
+    def _answers(self, path: str) -> bool:
+        return answers(f"{self.url}{path}", self._headers, self._context)
 
     def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]], owner: str = "") -> None:
         """Scrape these, (address, labels), in the place of what the same owner named before."""
@@ -178,7 +234,8 @@ class Prometheus(Process):
         """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
 
         def scraped() -> bool:
-            with urllib.request.urlopen(f"{self.url}/api/v1/targets", timeout=5) as response:
+            request = urllib.request.Request(f"{self.url}/api/v1/targets", headers=self._headers)
+            with urllib.request.urlopen(request, timeout=5, context=self._context) as response:
                 active = json.load(response)["data"]["activeTargets"]
             up = {one["labels"]["instance"] for one in active if one["health"] == "up"}
             return up >= set(addresses)

@@ -36,7 +36,7 @@ from training.tracking import connect, experiment_id
 
 MOST, PEAK_SIZE = 6, 4
 """Replicas that may be asked for, and those that the peak needs with half of them to spare."""
-TTFT_S = 2.0
+TTFT_S = 2.5
 PROMPT_TOKENS, OUTPUT_TOKENS = 100, 20
 PROFILE = EngineProfile(
     name="slow",
@@ -319,14 +319,16 @@ def champion(mlflow: MLflow, folder: Path) -> str:
     return digest
 
 
-@pytest.mark.timeout(900)
-def test_the_shipped_policy_from_a_registry_on_ray_meets_a_burst_for_less_than_a_static_fleet_costs(
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("host", ["--no-ray", "--ray"])
+def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static_fleet_costs(
     prometheus: Prometheus,
     haproxy: HAProxy,
     kube: KubeApiServer,
     mlflow: MLflow,
     fleets: tuple[PlayedFleet, PlayedFleet],
     tmp_path: Path,
+    host: str,
 ) -> None:
     """In real time: the shipped policy ticks every 15 seconds."""
     digest = champion(mlflow, tmp_path)
@@ -339,7 +341,7 @@ def test_the_shipped_policy_from_a_registry_on_ray_meets_a_burst_for_less_than_a
     )
     path = tmp_path / "live.yaml"
     path.write_text(yaml.safe_dump(live.model_dump(mode="json", exclude_none=True)))
-    controller = Controller(tmp_path, path)
+    controller = Controller(tmp_path, path, host)
     try:
         course = played(Burst(60.0, 30.0, 75.0, 150.0), live, fleet, fixed, fixed_fleet, haproxy, controller)
     finally:
