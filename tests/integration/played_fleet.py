@@ -49,7 +49,8 @@ class PlayedFleet:
         self.most = 0
         self.paid_s = 0.0
         """Replica-seconds so far, from the start of a replica until its last request is answered."""
-        self._prometheus, self._profile, self._boot_s = prometheus, profile, boot_s
+        self.boot_s = boot_s
+        self._prometheus, self._profile = prometheus, profile
         self._api = kube_api(kube)
         self._engines: dict[str, tuple[web.AppRunner, EngineServer]] = {}
         self._leaving: list[tuple[web.AppRunner, EngineServer]] = []
@@ -97,7 +98,7 @@ class PlayedFleet:
     async def _start(self) -> None:
         name = f"{self.service}-{self._next}"
         self._next += 1
-        server = EngineServer(EmulatedEngine(self._profile), self._boot_s)
+        server = EngineServer(EmulatedEngine(self._profile), self.boot_s)
         runner = web.AppRunner(server.application(), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, self._address(name), self.port).start()

@@ -55,7 +55,16 @@ class World:
     """How often a controller repeats a target until it is in force."""
 
 
-@pytest.fixture(params=["kubernetes", "haproxy", "config_map", "metric_only", "composite", "ray_serve"])
+@pytest.fixture(
+    params=[
+        "kubernetes",
+        "haproxy",
+        "config_map",
+        "metric_only",
+        "composite",
+        pytest.param("ray_serve", marks=pytest.mark.ray),
+    ]
+)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     def kubernetes() -> KubernetesConfig:
         server: KubeApiServer = request.getfixturevalue("kube")

@@ -49,14 +49,14 @@ PROFILE = EngineProfile(
     step=StepModel(
         a_ms=60.0,
         b_us_per_prefill_token=50.0,
-        c_us_per_seq=2000.0,
+        c_us_per_seq=5000.0,
         d_us_per_1k_kv_tokens=0.0,
         e_ns_per_prefill_token2=0.0,
     ),
     kv_capacity_tokens=100_000,
-    max_num_seqs=8,
+    max_num_seqs=32,
     max_num_batched_tokens=2048,
-    cold_start=ColdStart(node_s=0.0, image_s=0.0, weights_s=0.0, warmup_s=4.0),
+    cold_start=ColdStart(node_s=0.0, image_s=0.0, weights_s=0.0, warmup_s=0.0),
     usd_per_gpu_hour=3.6,
     fitted_on="round numbers for a test",
 )
@@ -71,7 +71,7 @@ class Burst:
     peak_s: float
     after_s: float
     calm_rps: float = 1.5
-    peak_rps: float = 13.0
+    peak_rps: float = 16.0
 
     @property
     def length_s(self) -> float:
@@ -98,10 +98,12 @@ def config(
     folder: Path, prometheus: Prometheus, haproxy: HAProxy, kube: KubeApiServer, fleet: PlayedFleet, **changes: Any
 ) -> LiveConfig:
     connection = {"kubeconfig": kube.kubeconfig, "timeout_s": 10.0, "deadline_s": 20.0}
+    start_s = ColdStart(node_s=0.0, image_s=0.0, weights_s=0.0, warmup_s=fleet.boot_s)
+    engine = PROFILE.model_copy(update={"cold_start": start_s})
     service = {
         "service": fleet.service,
         "slo": {"ttft_s": TTFT_S, "tpot_s": 0.2, "attainment": 0.95},
-        "pools": [{"engine": PROFILE, "min_replicas": 1, "max_replicas": MOST}],
+        "pools": [{"engine": engine, "min_replicas": 1, "max_replicas": MOST}],
         **changes.pop("spec"),
     }
     cap = {"kind": "haproxy", "sockets": [str(haproxy.socket)], "timeout_s": 5.0}
@@ -263,13 +265,21 @@ def assert_worth_it(course: Course, attainment: float) -> None:
 
 
 @pytest.fixture
-def fleets(prometheus: Prometheus, haproxy: HAProxy, kube: KubeApiServer) -> Iterator[tuple[PlayedFleet, PlayedFleet]]:
+def boot_s() -> float:
+    """Seconds that a replica takes to start."""
+    return 4.0
+
+
+@pytest.fixture
+def fleets(
+    prometheus: Prometheus, haproxy: HAProxy, kube: KubeApiServer, boot_s: float
+) -> Iterator[tuple[PlayedFleet, PlayedFleet]]:
     """One that is to be scaled, and a static one."""
     delete_pods(kube)
     create_deployment(kube, "chat", 1)
     create_deployment(kube, "code", PEAK_SIZE)
     prometheus.scrape([(f"127.0.0.1:{haproxy.metrics_port}", {"job": "haproxy"})], "-haproxy")
-    made = [PlayedFleet(kube, prometheus, name, PROFILE, 4.0) for name in ("chat", "code")]
+    made = [PlayedFleet(kube, prometheus, name, PROFILE, boot_s) for name in ("chat", "code")]
     yield made[0], made[1]
     for fleet in made:
         fleet.stop()
@@ -320,7 +330,9 @@ def champion(mlflow: MLflow, folder: Path) -> str:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("host", ["--no-ray", "--ray"])
+@pytest.mark.long
+@pytest.mark.parametrize("host", ["--no-ray", pytest.param("--ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize("boot_s", [20.0])
 def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static_fleet_costs(
     prometheus: Prometheus,
     haproxy: HAProxy,
@@ -330,7 +342,10 @@ def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static
     tmp_path: Path,
     host: str,
 ) -> None:
-    """In real time: the shipped policy ticks every 15 seconds."""
+    """In real time: the shipped policy ticks every 15 seconds.
+
+    It was trained for slower starts than these 20 s; the ladder allows it that distance.
+    """
     digest = champion(mlflow, tmp_path)
     fleet, fixed_fleet = fleets
     slow: dict[str, Any] = {"spec": {"guardrails": {"scale_down_cooldown_s": 30.0}}}

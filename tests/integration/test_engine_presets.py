@@ -187,6 +187,7 @@ def guarded(tmp_path: Path) -> Iterator[tuple[Prometheus, Guard]]:
     server.stop()
 
 
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 def test_a_certificate_authority_of_ones_own_and_a_password(
     guarded: tuple[Prometheus, Guard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

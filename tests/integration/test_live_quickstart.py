@@ -24,7 +24,7 @@ from servers import ROOT, HAProxy, KubeApiServer, Process, Prometheus, wait_unti
 
 from policies.spec import find_engine
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 PORT = 8000
 """What the shipped configuration expects replicas to listen on."""
 START_S = 400.0

@@ -18,6 +18,8 @@ from autoscaler.actuators.ray_serve import RayServeActuator, RayServeConfig
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
+pytestmark = pytest.mark.ray
+
 ENGINE = find_engine("llama-3.1-8b-h100", Path())
 SPEC = ScalingSpec(service="chat", slo=Slo(ttft_s=0.5, tpot_s=0.05), pools=(PoolSpec(engine=ENGINE, max_replicas=8),))
 LIMIT_S = 400.0
