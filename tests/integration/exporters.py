@@ -60,13 +60,13 @@ class ConstantEngine(Exporter):
 
     def __init__(self, gauges: dict[str, float | str], rates: dict[str, float]) -> None:
         self.gauges, self.rates = gauges, rates
-        self.began_s = time.time()
+        self.began_s = time.monotonic()
         self.sample_age_s: float | None = None
         super().__init__(self.exposition)
 
     def exposition(self) -> str:
         stamp = "" if self.sample_age_s is None else f" {int((time.time() - self.sample_age_s) * 1000)}"
-        grown_s = time.time() - self.began_s
+        grown_s = time.monotonic() - self.began_s
         lines = [f"{name} {value}{stamp}" for name, value in self.gauges.items()]
         return "\n".join([*lines, *(f"{name} {rate * grown_s}{stamp}" for name, rate in self.rates.items())]) + "\n"
 
