@@ -12,7 +12,8 @@ from typing import Any
 
 from aiohttp import web
 from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, pod_template
-from servers import KubeApiServer, Prometheus, free_port
+from kube_server import KubeApiServer
+from servers import Prometheus, free_port
 
 from autoscaler.actuators.kubernetes import DELETION_COST
 from autoscaler.emulated_engine import EmulatedEngine

@@ -9,7 +9,6 @@ import base64
 import ctypes
 import http.client
 import json
-import lzma
 import os
 import shutil
 import signal
@@ -17,18 +16,14 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKED_API_SERVER = ROOT.parent / "shared" / "kube" / "kube-apiserver.xz"
 START_S = 120.0
 """Generous: the machine may be busy."""
 
@@ -332,180 +327,3 @@ class Controller(Process):
         """End in order."""
         self.order("down")
         self.process.wait(120)
-
-
-class KubeApiServer:
-    """etcd and kube-apiserver: from $KUBEBUILDER_ASSETS (envtest's folder) where it is set. No controllers run."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        assets = os.environ.get("KUBEBUILDER_ASSETS", "")
-        etcd = (
-            str(Path(assets) / "etcd")
-            if assets and (Path(assets) / "etcd").is_file()
-            else program("etcd", "etcd-server")
-        )
-        self._ports = [free_port() for _ in range(3)]
-        self.port, client, peer = self._ports
-        self._etcd = Process(
-            [
-                etcd,
-                f"--data-dir={folder / 'etcd'}",
-                f"--listen-client-urls=http://127.0.0.1:{client}",
-                f"--advertise-client-urls=http://127.0.0.1:{client}",
-                f"--listen-peer-urls=http://127.0.0.1:{peer}",
-                f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
-                f"--initial-cluster=default=http://127.0.0.1:{peer}",
-                "--unsafe-no-fsync",
-            ],
-            folder / "etcd.log",
-        )
-        self._etcd.wait(lambda: answers(f"http://127.0.0.1:{client}/health"), "etcd")
-        key = folder / "service-accounts.key"
-        subprocess.run(
-            [program("openssl", "openssl"), "genrsa", "-out", str(key), "2048"], check=True, capture_output=True
-        )
-        tokens = folder / "tokens.csv"
-        tokens.write_text("admin-token,admin,admin,system:masters\nautoscaler-token,autoscaler,autoscaler\n")
-        self._api = Process(
-            [
-                str(_api_server(assets, folder)),
-                f"--etcd-servers=http://127.0.0.1:{client}",
-                "--bind-address=127.0.0.1",
-                "--advertise-address=127.0.0.1",
-                f"--secure-port={self.port}",
-                f"--cert-dir={folder / 'certificates'}",
-                f"--token-auth-file={tokens}",
-                "--authorization-mode=RBAC",
-                f"--service-account-key-file={key}",
-                f"--service-account-signing-key-file={key}",
-                "--service-account-issuer=https://kubernetes.default.svc",
-                "--service-cluster-ip-range=10.0.0.0/24",
-                "--disable-admission-plugins=ServiceAccount",
-            ],
-            folder / "kube-apiserver.log",
-        )
-        unverified = ssl.create_default_context()
-        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-        url = f"https://127.0.0.1:{self.port}"
-        headers = {"Authorization": "Bearer admin-token"}
-        try:
-            self._api.wait(lambda: answers(f"{url}/readyz", headers, unverified), "kube-apiserver")
-        except AssertionError:
-            self._etcd.stop()
-            raise
-        self.ca = folder / "certificates" / "apiserver.crt"
-        self.kubeconfig = self.write_kubeconfig("admin", "admin-token", url)
-        self.limited = self.write_kubeconfig("limited", "autoscaler-token", url)
-
-    def write_kubeconfig(self, name: str, token: str, url: str) -> Path:
-        cluster: dict[str, Any] = {"server": url}
-        if url.startswith("https"):
-            cluster["certificate-authority"] = str(self.ca)
-        path = self.folder / f"{name}.kubeconfig"
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "local",
-            "clusters": [{"name": "local", "cluster": cluster}],
-            "users": [{"name": "user", "user": {"token": token}}],
-            "contexts": [{"name": "local", "context": {"cluster": "local", "user": "user"}}],
-        }
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    def stop(self) -> None:
-        self._api.stop()  # first: it hangs when etcd goes before it
-        self._etcd.stop()
-
-
-def _api_server(assets: str, folder: Path) -> Path:
-    if assets:
-        return Path(assets) / "kube-apiserver"
-    found = shutil.which("kube-apiserver")
-    if found:
-        return Path(found)
-    if not PACKED_API_SERVER.is_file():
-        raise Missing("kube-apiserver is not there: set KUBEBUILDER_ASSETS to a folder of setup-envtest")
-    binary = folder / "kube-apiserver"
-    with lzma.open(PACKED_API_SERVER) as packed, binary.open("wb") as out:
-        shutil.copyfileobj(packed, out, 1 << 20)
-    binary.chmod(0o755)
-    return binary
-
-
-class FaultProxy:
-    """Passes HTTP requests on to a real server, and fails in the way it is told: what comes back is what users see.
-
-    `fault` is called with method and path and returns what to do: None to pass on, an HTTP status to answer with,
-    "slow" to wait for `delay_s` first, "cut" to end the connection in the middle of the answer, "empty" for no body.
-    """
-
-    def __init__(self, upstream: str, ca: Path | None = None) -> None:
-        self.upstream, self.delay_s = upstream, 5.0
-        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
-        self.seen: list[tuple[str, str]] = []
-        context = ssl.create_default_context(cafile=str(ca)) if ca else None
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def _pass(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length) if length else None
-                path = self.path.partition("?")[0]
-                proxy.seen.append((self.command, path))
-                fault = proxy.fault(self.command, path)
-                if fault == "slow":
-                    time.sleep(proxy.delay_s)
-                if isinstance(fault, int):
-                    message = b'{"kind":"Status","message":"made to fail"}'
-                    self._send(fault, message, "application/json")
-                    return
-                request = urllib.request.Request(f"{proxy.upstream}{self.path}", body, method=self.command)
-                for name, value in self.headers.items():
-                    if name.lower() not in ("host", "content-length", "connection", "accept-encoding"):
-                        request.add_header(name, value)
-                try:
-                    with urllib.request.urlopen(request, timeout=30, context=context) as response:
-                        status, data = response.status, response.read()
-                        kind = response.headers.get("Content-Type", "application/json")
-                except urllib.error.HTTPError as error:
-                    status, data, kind = error.code, error.read(), error.headers.get("Content-Type", "application/json")
-                except OSError:
-                    status, data, kind = 502, b"{}", "application/json"
-                if fault == "cut":
-                    self.send_response(status)
-                    self.send_header("Content-Type", kind)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data[: len(data) // 2])
-                    self.close_connection = True
-                    return
-                self._send(status, b"" if fault == "empty" else data, kind)
-
-            def _send(self, status: int, data: bytes, kind: str) -> None:
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", kind)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    self.close_connection = True  # the client did not wait
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()

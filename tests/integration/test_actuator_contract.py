@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import requests
 from kube_objects import create_deployment, delete_config_maps, set_ready
-from servers import HAProxy, KubeApiServer, wait_until
+from kube_server import KubeApiServer
+from servers import HAProxy, wait_until
 
 from autoscaler.actuators import LiveActuator, PartlyFailed, build_actuator
 from autoscaler.actuators.base import pools_of

@@ -21,8 +21,9 @@ import pytest
 import yaml
 from conftest import start
 from kube_objects import create_deployment, delete_pods
+from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
-from servers import Controller, HAProxy, KubeApiServer, MLflow, Prometheus, wait_until
+from servers import Controller, HAProxy, MLflow, Prometheus, wait_until
 
 from autoscaler.config import LiveConfig
 from autoscaler.database import Database

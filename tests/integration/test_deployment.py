@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from kube_objects import delete, kube_api
-from servers import ROOT, KubeApiServer
+from kube_server import KubeApiServer
+from servers import ROOT
 
 from autoscaler.actuators.kube_api import KubeApi
 from autoscaler.config import load_live_config

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 from conftest import start
 from exporters import ConstantEngine
+from fault_proxy import FaultProxy
 from kube_objects import DEPLOYMENTS, create_deployment, delete, kube_api, replicas_of, set_ready
-from servers import FaultProxy, KubeApiServer, Prometheus
+from kube_server import KubeApiServer
+from servers import Prometheus
 
 from autoscaler.clocks import SteadyWallClock
 from autoscaler.config import LiveConfig

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import requests
 from kube_objects import create_deployment, delete_pods, replicas_of
+from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
-from servers import ROOT, HAProxy, KubeApiServer, Process, Prometheus, wait_until
+from servers import ROOT, HAProxy, Process, Prometheus, wait_until
 
 from policies.spec import find_engine
 

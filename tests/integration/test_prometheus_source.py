@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import start
 from exporters import ConstantEngine
-from servers import FaultProxy, Prometheus, free_port, wait_until
+from fault_proxy import FaultProxy
+from servers import Prometheus, free_port, wait_until
 
 from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.check import check_metrics

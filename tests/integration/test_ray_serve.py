@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from servers import FaultProxy, wait_until
+from fault_proxy import FaultProxy
+from servers import wait_until
 
 from autoscaler.actuators import PartlyFailed
 from autoscaler.actuators.ray_serve import RayServeActuator, RayServeConfig
