@@ -165,7 +165,8 @@ GATEWAYS: dict[str, Gateway] = {
     "haproxy": Gateway(
         label="proxy",
         names={
-            "arrival": ("haproxy_backend_http_requests_total",),
+            # One session a request, when it comes; http_requests_total counts it when it has been answered.
+            "arrival": ("haproxy_backend_sessions_total",),
             # Parts of one whole: requests without a server yet, and requests that wait for a particular one.
             "queue": ("~haproxy_(backend|server)_current_queue",),
             "queue_wait": ("haproxy_backend_queue_time_average_seconds",),
