@@ -368,4 +368,4 @@ def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static
     assert len(caps) >= 2, "batch caps moved in HAProxy"
     rungs = [int(tick.arrays["rung"][0]) for tick in course.ticks]
     assert rungs.count(0) > 0.8 * len(rungs), "the learned policy decided"
-    assert all(tick.policy == f"shipped/1@{digest[:12]}" for tick in course.ticks)
+    assert all(tick.policy == f"learned shipped/1@{digest[:12]}" for tick in course.ticks)
