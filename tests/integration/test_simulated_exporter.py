@@ -6,7 +6,8 @@ in-process controllers, told the same target in force, decide on what the cluste
 **What is equal**: replicas, batch cap, what `hpa` would have done, and what a network would have done. **Within what**:
 the newest sample that Prometheus holds is between nothing and one scrape old, and a rate over a window is taken between
 the first and the last sample in it, which is up to a scrape less. So there are in-process controllers for a window that
-is whole, one that begins a scrape later, and one that ends a scrape earlier. The decision through Prometheus is theirs,
+is whole, one that begins a scrape later, one that ends a scrape earlier, and one that ends when the tick acts, since
+the queries are asked some time before that. The decision through Prometheus is theirs,
 or lies between them where they differ because the load has jumped at the edge of a window. What is left is rounding:
 requests are whole, so a rate is some percent off, and where a demand is that near to a whole replica, rounding up makes
 a replica of it. So never more than one replica, and in most ticks none. And a replica that was removed counts for one
@@ -32,6 +33,7 @@ from servers import Prometheus
 
 from autoscaler.config import LiveConfig
 from autoscaler.counterfactuals import Counterfactuals
+from envs.cluster import Reading
 from envs.traces import Trace
 from policies.contract import Decision, Snapshot
 from policies.decider import Decider
@@ -158,7 +160,9 @@ def played(prometheus: Prometheus, folder: Path) -> tuple[list[Decision], list[l
     prometheus.scrape([(exporter.address, {"service": "chat"})])
     live = config(folder, prometheus.url)
     service, began_s = world.service(live), world.now_s
-    controllers = [InProcess(live) for _ in range(3)]
+    controllers = [InProcess(live) for _ in range(4)]
+    acted: list[Reading] = []
+    world.before_apply = lambda: acted.append(world.reading())
     found: list[Decision] = []
     in_process: list[list[Decision]] = []
     before = [world.reading()] * 2
@@ -168,10 +172,12 @@ def played(prometheus: Prometheus, folder: Path) -> tuple[list[Decision], list[l
             for offset_s in (-SCRAPE_S, 0.0):
                 world.wait_until(began_s + tick * INTERVAL_S + offset_s)
                 now.append(world.reading())
+            acted.clear()
             decision = service.step()
             assert decision is not None
+            now.append(acted[0] if acted else world.reading())
             found.append(decision)
-            windows = [(before[0], now[1]), (before[1], now[1]), (before[0], now[0])]
+            windows = [(before[0], now[1]), (before[1], now[1]), (before[0], now[0]), (before[0], now[2])]
             in_process.append(
                 [
                     controller.decide(world.window(first, last), decision)
