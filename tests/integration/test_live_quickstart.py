@@ -1,6 +1,6 @@
 """The live quickstart of the README, word for word, on real servers and an emulated engine.
 
-Only the addresses in the configuration are changed, as the README says.
+Only the addresses in the configuration are changed, as the README says; once the controller is hosted without Ray.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from servers import ROOT, HAProxy, Process, Prometheus, wait_until
 
 from policies.spec import find_engine
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 PORT = 8000
 """What the shipped configuration expects replicas to listen on."""
 START_S = 400.0
@@ -105,7 +105,10 @@ def one(found: dict[str, Any]) -> tuple[str, str]:
     return found["services"][0]["mode"], found["services"][0]["outcome"]
 
 
-def test_the_readmes_live_quickstart_does_what_it_says(folder: Folder, kube: KubeApiServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", [pytest.param("", marks=pytest.mark.ray), "--no-ray"], ids=["on Ray", "without Ray"])
+def test_the_readmes_live_quickstart_does_what_it_says(
+    folder: Folder, kube: KubeApiServer, tmp_path: Path, host: str
+) -> None:
     in_force = {"scaled", "unchanged"}
     controller: Process | None = None
     done = []
@@ -114,7 +117,7 @@ def test_the_readmes_live_quickstart_does_what_it_says(folder: Folder, kube: Kub
             words = shlex.split(command, comments=True)
             done.append(words[1])
             if words[1] == "run":
-                script = ["bash", "-c", f"cd {folder.path} && exec {shlex.join(words)}"]
+                script = ["bash", "-c", f"cd {folder.path} && exec {shlex.join(words)} {host}"]
                 controller = Process(script, tmp_path / "run.log", folder.environment)
                 folder.wait(lambda found: one(found) == ("advise", "advised"), "it advises", START_S)
                 continue
