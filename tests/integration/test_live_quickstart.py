@@ -127,7 +127,7 @@ def test_the_readmes_live_quickstart_does_what_it_says(
                 case "check":
                     assert answer.stderr.strip().endswith("0 problems")
                 case "status":
-                    assert "leads 1 of 1 services, policy default.zip@" in answer.stdout.replace("\n", " ")
+                    assert "leads 1 of 1 services, policy default.zip@" in " ".join(answer.stdout.split())
                     assert re.search(r"chat +advise +1 -> \d+ +advised", answer.stdout)
                 case "explain":
                     assert "chat" in answer.stdout
