@@ -75,10 +75,12 @@ def _signal(
 ) -> Access:
     """One line for one query: which services have an answer, and what is wrong for the others."""
     signal = "running" if query.signal in ("seen", "sample_time") else query.signal
-    names, _ = candidates_by_signal(config)[signal]
+    candidates = candidates_by_signal(config)
+    names, _ = candidates[signal]
     found = [name for name in names if _exists(name, known)]
     meaning = presets.SIGNALS[signal].meaning if query.signal == signal else query.signal.replace("_", " ")
-    optional = not presets.SIGNALS[signal].needed
+    # Arrivals at a gateway are as good a sign of load as tokens.
+    optional = not presets.SIGNALS[signal].needed or (signal == "generation" and "arrival" in candidates)
     if not found:
         alias = suggest(names, known)
         hint = f"; {alias} looks like it: set metrics: {{{signal}: [{alias}]}}" if alias else ""

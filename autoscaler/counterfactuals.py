@@ -15,6 +15,7 @@ import numpy.typing as npt
 from policies.columns import total
 from policies.contract import Floats, Ints, Observation, Policy, Snapshot, Target
 from policies.decider import Decider
+from policies.durable import State, restore_each, states_of
 from policies.fleet import Fleet
 
 
@@ -84,6 +85,14 @@ class Counterfactuals:
             found[f"peer {name}/replicas"] = target.replicas
             found[f"peer {name}/batch_cap"] = target.batch_cap
         return found
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What the peers remember."""
+        return states_of(self.peers)
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned."""
+        restore_each(self.peers, state)
 
     def _rows(self, name: str, target: Target, observation: Observation) -> dict[str, npt.NDArray[Any]]:
         cost = modelled_cost(target.replicas, observation, self.fleet, self.overhead_rate)

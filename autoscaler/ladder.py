@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from pydantic import Field
 
 from policies.columns import known, total
 from policies.contract import Bools, Floats, Ints, Observation, Policy, Reason, Snapshot, Target
+from policies.durable import restore_each, states_of
 from policies.engine import NonNegative, StrictModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy
@@ -40,19 +41,6 @@ class Rung(IntEnum):
     LEARNED = 0
     BASELINE = 1
     HOLD = 2
-
-
-@runtime_checkable
-class Durable(Protocol):
-    """A policy whose memory survives a restart."""
-
-    def state(self) -> dict[str, Any]:
-        """Arrays with leading axis n."""
-        ...
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        ...
 
 
 class FallbackLadder:
@@ -101,19 +89,12 @@ class FallbackLadder:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What survives a restart: arrays with leading axis n."""
-        kept: dict[str, npt.NDArray[Any]] = {"burning_ticks": self._burning_ticks}
-        for rung, policy in self._rungs():
-            if isinstance(policy, Durable):
-                kept |= {f"{rung}.{name}": array for name, array in policy.state().items()}
-        return kept
+        return {"burning_ticks": self._burning_ticks, **states_of(self._rungs())}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `state` returned."""
         self._burning_ticks = np.array(state["burning_ticks"], np.int64)
-        for rung, policy in self._rungs():
-            part = {name.removeprefix(f"{rung}."): array for name, array in state.items() if name.startswith(rung)}
-            if isinstance(policy, Durable) and part.keys() == policy.state().keys():
-                policy.restore(part)
+        restore_each(self._rungs(), state)
 
     def propose(self, observation: Observation) -> Target:
         """The proposal of each service's rung. `reasons`, `rung` and `distance` say how it came about."""
@@ -136,8 +117,8 @@ class FallbackLadder:
             batch_cap=np.where(rung == Rung.LEARNED, learned.batch_cap, target.batch_cap),
         )
 
-    def _rungs(self) -> list[tuple[str, object]]:
-        return [("learned", self.learned), ("baseline", self.baseline)]
+    def _rungs(self) -> dict[str, object]:
+        return {"learned": self.learned, f"baseline {self.baseline.name}": self.baseline}
 
     def _learned(self, observation: Observation) -> Target | None:
         n = len(observation.snapshot)

@@ -8,28 +8,17 @@ This module must not know what the arrays mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from autoscaler.database import STATES, Arrays, Database, unpack, unpack_names
 from policies.contract import Bools
+from policies.durable import HISTORY, Remembering
 
 FINGERPRINT = "fingerprint"
 """What a service's rows were made for: they are brought back only where it is the same."""
-
-
-class Remembering(Protocol):
-    """A part with memory."""
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Arrays with leading axis n."""
-        ...
-
-    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what `state` returned."""
-        ...
 
 
 class Memory:
@@ -73,11 +62,20 @@ class Memory:
                 array = np.array(present)
                 earlier = saved.get(f"{part}/{name}")
                 if earlier is not None and earlier.ndim == array.ndim:
+                    if name.endswith(HISTORY):
+                        array, earlier = _as_long(array, earlier)
                     for row, old in usable.items():
                         _overlay(array[row : row + 1], earlier[old : old + 1])
                 mixed[name] = array
             owner.restore(mixed)
         return restored
+
+
+def _as_long(*histories: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Histories (n, T, ...) of one length: the shorter one begins with samples that are for ever past."""
+    length = max(history.shape[1] for history in histories)
+    pads = [np.full((len(one), length - one.shape[1], *one.shape[2:]), -np.inf) for one in histories]
+    return [np.concatenate([pad, one], axis=1) for pad, one in zip(pads, histories, strict=True)]
 
 
 def _overlay(array: npt.NDArray[Any], earlier: npt.NDArray[Any]) -> None:

@@ -119,7 +119,8 @@ ENGINES: dict[str, Names] = {
         "length_count": ("tgi_request_generated_tokens_count",),
         "tpot_bucket": ("tgi_request_mean_time_per_token_duration_bucket",),
     },
-    # trtllm-serve, and TensorRT-LLM behind Triton: load and memory; latency has to come from the gateway.
+    # trtllm-serve, tokens and lengths when a request has finished. Behind Triton load and memory only: latency has to
+    # come from the gateway.
     "tensorrt-llm": {
         "running": ("trtllm_num_requests_running", 'nv_trt_llm_request_metrics{request_type="scheduled"}'),
         "waiting": ("trtllm_num_requests_waiting", 'nv_trt_llm_request_metrics{request_type="waiting"}'),
@@ -127,6 +128,14 @@ ENGINES: dict[str, Names] = {
             "trtllm_kv_cache_utilization",
             'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction"}',
         ),
+        "generation": ("trtllm_generation_tokens_total",),
+        "prompt": ("trtllm_prompt_tokens_total",),
+        "finished": ("trtllm_request_success_total",),
+        "prompt_sum": ("trtllm_prompt_tokens_total",),
+        "output_sum": ("trtllm_generation_tokens_total",),
+        "length_count": ("trtllm_request_success_total",),
+        "ttft_bucket": ("trtllm_time_to_first_token_seconds_bucket",),
+        "tpot_bucket": ("trtllm_time_per_output_token_seconds_bucket",),
     },
     # A Ray Serve deployment of any engine, by what Serve itself counts.
     "ray-serve": {
@@ -156,7 +165,8 @@ GATEWAYS: dict[str, Gateway] = {
     "haproxy": Gateway(
         label="proxy",
         names={
-            "arrival": ("haproxy_backend_http_requests_total",),
+            # One session a request, when it comes; http_requests_total counts it when it has been answered.
+            "arrival": ("haproxy_backend_sessions_total",),
             # Parts of one whole: requests without a server yet, and requests that wait for a particular one.
             "queue": ("~haproxy_(backend|server)_current_queue",),
             "queue_wait": ("haproxy_backend_queue_time_average_seconds",),

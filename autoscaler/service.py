@@ -136,7 +136,12 @@ class LiveService:
             self._finish,
         )
         self.memory = Memory(
-            {"decider": self.decider, "ladder": self.ladder, "supervisor": self.supervisor},
+            {
+                "decider": self.decider,
+                "ladder": self.ladder,
+                "supervisor": self.supervisor,
+                "counterfactuals": self.counterfactuals,
+            },
             [",".join(names) for names in pools],
         )
         self.stages = Stages(config.limits.by_stage())

@@ -17,6 +17,7 @@ import numpy as np
 
 from policies.columns import any_pool, total
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation, Policy, Snapshot, Target
+from policies.durable import Durable
 from policies.error_budget import ErrorBudget
 from policies.fleet import Fleet
 from policies.latency import slower
@@ -34,7 +35,7 @@ POOL_LOADS = ("running", "waiting", "kv_cache_usage")
 DEMANDS = ("demand_tokens", "demand_occupancy", "demand", "demand_mean")
 
 
-class SelfTunedPolicy:
+class SelfTunedPolicy(Durable):
     """A policy whose headroom an error budget moves, from 0.5 to 3.
 
     The headroom's logarithm falls by at most 0.2 an hour and rises by up to 8 an hour; by up to 1.6 while

@@ -19,12 +19,13 @@ from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow
 from policies.columns import known, total
 from policies.contract import Bools, Observation, Target
+from policies.durable import Durable
 from policies.fleet import Fleet
 
 ESTIMATES = ("larger", "geometric", "tokens", "occupancy")
 
 
-class ReactivePolicy:
+class ReactivePolicy(Durable):
     """Demand over two windows times a headroom, raised by a backlog.
 
     Args:

@@ -22,6 +22,7 @@ from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.windows import Tick
 from policies.columns import any_pool, known, total
 from policies.contract import Bools, Floats, Ints, Observation, Snapshot, Target
+from policies.durable import Durable
 from policies.fleet import Fleet
 
 NOMINAL_CONTEXT_TOKENS = 1000.0
@@ -127,7 +128,7 @@ def spread(count: Floats, fleet: Fleet, spot_share: float) -> Ints:
     return placed.astype(np.int64)
 
 
-class SinglePoolPolicy:
+class SinglePoolPolicy(Durable):
     """Base of the peers that answer with a count: the tick, the hold, the placement.
 
     A subclass answers `wish`, and forgets in `forget`.

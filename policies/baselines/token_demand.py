@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -10,11 +9,12 @@ import numpy as np
 from policies.action import allocate, reference_batch_cap
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Placement
-from policies.contract import Bools, Floats, Observation, Target
+from policies.contract import Bools, Observation, Target
+from policies.durable import Durable
 from policies.fleet import Fleet
 
 
-class TokenDemandPolicy:
+class TokenDemandPolicy(Durable):
     """Replicas for the larger of both demand estimates, short window or five-minute mean, times a headroom.
 
     Args:
@@ -44,14 +44,6 @@ class TokenDemandPolicy:
         rows = np.ones(len(self._fleet), bool) if services is None else services
         self._placement.reset(rows)
         self._mean[rows] = np.nan
-
-    def state(self) -> dict[str, Floats]:
-        """The slow mean, (n, P)."""
-        return {"mean": self._mean}
-
-    def restore(self, state: Mapping[str, Floats]) -> None:
-        """Go on from what `state` returned."""
-        self._mean = np.array(state["mean"], np.float64)
 
     def propose(self, observation: Observation) -> Target:
         """The demand with headroom, over the pools; a blind window keeps what is there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from policies.contract import Bools, Floats
+from policies.durable import HISTORY, State
 
 TOLERANCE_S = 1e-6
 
@@ -58,6 +59,22 @@ class SlidingWindow:
         """Forget the masked services."""
         for time_s in self._times_s:
             time_s[rows] = -np.inf
+
+    def state(self) -> dict[str, Floats]:
+        """Every sample, oldest first: its time and its values, (n, T, 1 + values)."""
+        n = self._shape[0]
+        samples = [
+            np.column_stack([time_s, values.reshape(n, -1)])
+            for time_s, values in zip(self._times_s, self._values, strict=True)
+        ]
+        width = 1 + int(np.prod(self._shape[1:]))
+        return {HISTORY: np.stack(samples, axis=1) if samples else np.zeros((n, 0, width))}
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned."""
+        samples = np.moveaxis(np.array(state[HISTORY], np.float64), 1, 0)
+        self._times_s = [sample[:, 0].copy() for sample in samples]
+        self._values = [sample[:, 1:].reshape(self._shape).copy() for sample in samples]
 
     def add(self, time_s: Floats, values: Floats, wanted: Bools | None = None) -> None:
         """Remember `values` (n, ...) as of `time_s` (n,) where `wanted` (n,), everywhere when None."""

@@ -21,6 +21,7 @@ from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow, Tick
 from policies.columns import total
 from policies.contract import Bools, Floats, Observation, Snapshot, Target
+from policies.durable import Durable
 from policies.fleet import Fleet
 
 ENGINE_S = 60.0
@@ -31,7 +32,7 @@ SHORT_OUTPUT, MEDIUM_OUTPUT = 100.0, 500.0
 CAPACITY_SAMPLES = 10
 
 
-class VariantPolicy:
+class VariantPolicy(Durable):
     """Base of the WVA analyses: the tick, the HPA behind each variant, the hold.
 
     Args:

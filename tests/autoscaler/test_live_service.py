@@ -13,7 +13,7 @@ from autoscaler.controller import RecordsUnavailable
 from autoscaler.controls import Controls, Mode
 from autoscaler.records import read_ticks
 from autoscaler.service import LiveService
-from policies.contract import Decision, Outcome, Reason
+from policies.contract import Decision, Outcome, Reason, take_rows
 
 
 def outcomes(decisions: list[Decision | None], row: int = 0) -> list[tuple[str, list[str]]]:
@@ -246,10 +246,15 @@ def test_a_scale_down_is_looked_at_twice(tmp_path: Path) -> None:
 # Restarts
 
 
-def test_a_restart_decides_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Decision for decision, with cooldowns, means, error budget and second looks in the middle of things."""
+PEERS = ("knative", "keda", "wva-v2", "autothrottle")
+
+
+@pytest.mark.parametrize("reference", ["learned", "llm-d-slo"])
+def test_a_restart_decides_as_if_nothing_had_happened(tmp_path: Path, reference: str) -> None:
+    """Decision for decision, with cooldowns, means, windows, error budget and second looks in the middle of things."""
     changes: dict[str, Any] = {
-        "policy": {"reference": "learned", "cache": tmp_path / "p"},
+        "policy": {"reference": reference, "cache": tmp_path / "p"},
+        "counterfactuals": PEERS,
         "supervision": {"revalidation": {"wait_s": 15.0}},
     }
     straight = LiveWorld([service_spec()], [burst()])
@@ -265,6 +270,40 @@ def test_a_restart_decides_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert targets(found) == targets(expected)
     assert outcomes(found) == outcomes(expected)
     assert [caps.settled.batch_cap.tolist() for caps in found] == [caps.settled.batch_cap.tolist() for caps in expected]
+    for peer in PEERS:
+        wishes = [
+            [one.details[f"peer {peer}/replicas"].tolist() for one in decisions] for decisions in (found, expected)
+        ]
+        assert wishes[0] == wishes[1], peer
+
+
+def test_services_find_the_windows_of_their_policies_in_another_order(tmp_path: Path) -> None:
+    """Two controllers become one: what each remembers is as long as it has run."""
+    specs = [service_spec(name) for name in "abc"]
+    world = LiveWorld(specs, [burst(seed=seed) for seed in range(3)])
+    seen = []
+    for _ in range(50):
+        world.wait_until(world.now_s + 15.0)
+        world.watch = lambda: None
+        seen.append(world.read())
+    config = live_config(tmp_path, *specs, policy={"reference": "llm-d-slo", "cache": tmp_path}, mode="advise")
+    parts = []
+    for rows, first in (([2], 0), ([1, 0], 25)):
+        part = LiveService(
+            config.model_copy(update={"services": tuple(specs[row] for row in rows)}), actuator=world, clock=world
+        )
+        for window in seen[first:]:
+            part.ladder.propose(part.decider.observe(take_rows(window, np.array(rows))))
+        parts.append(part)
+    whole = LiveService(config, actuator=world, clock=world)
+    for part, rows in zip(parts, ({2: 0}, {1: 0, 0: 1}), strict=True):
+        assert whole.memory.restore(part.memory.state(), rows)[list(rows)].all()
+    world.wait_until(world.now_s + 15.0)
+    window = world.read()
+    together = whole.ladder.propose(whole.decider.observe(window)).replicas
+    for part, rows in zip(parts, ([2], [1, 0]), strict=True):
+        alone = part.ladder.propose(part.decider.observe(take_rows(window, np.array(rows)))).replicas
+        assert together[rows].tolist() == alone.tolist()
 
 
 class Killed(BaseException):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from servers import FaultProxy, HAProxy, KubeApiServer, Missing, Prometheus
+from fault_proxy import FaultProxy
+from kube_server import KubeApiServer
+from servers import HAProxy, Missing, Prometheus
 
 Server = TypeVar("Server")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from servers import KubeApiServer
+from kube_server import KubeApiServer
 
 from autoscaler.actuators.kube_api import KubeApi, KubeConnection, KubeError
 

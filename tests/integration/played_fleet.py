@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 from aiohttp import web
 from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, pod_template
-from servers import KubeApiServer, Prometheus, free_port
+from kube_server import KubeApiServer
+from servers import Prometheus, free_port
 
 from autoscaler.actuators.kubernetes import DELETION_COST
 from autoscaler.emulated_engine import EmulatedEngine
@@ -30,7 +32,7 @@ class PlayedFleet:
         service: name of the Deployment, and label of the series.
         profile: of the engines.
         boot_s: seconds from the start of a replica to its readiness.
-        also_scraped: further targets of Prometheus.
+        port: of every replica; any free one when left out.
     """
 
     def __init__(
@@ -40,14 +42,16 @@ class PlayedFleet:
         service: str,
         profile: EngineProfile,
         boot_s: float,
-        also_scraped: list[tuple[str, dict[str, str]]],
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.service = service
         self.killed_with_requests = 0
         self.most = 0
-        self._kube, self._prometheus, self._profile = kube, prometheus, profile
-        self._boot_s, self._also = boot_s, also_scraped
+        self.paid_s = 0.0
+        """Replica-seconds so far, from the start of a replica until its last request is answered."""
+        self.boot_s = boot_s
+        self._prometheus, self._profile = prometheus, profile
         self._api = kube_api(kube)
         self._engines: dict[str, tuple[web.AppRunner, EngineServer]] = {}
         self._leaving: list[tuple[web.AppRunner, EngineServer]] = []
@@ -63,9 +67,13 @@ class PlayedFleet:
         self._api.close()
 
     async def _play(self) -> None:
+        looked_s = time.monotonic()
         while not self._stop.is_set():
             await self._look()
             await asyncio.sleep(LOOK_S)
+            now_s = time.monotonic()
+            self.paid_s += (len(self._engines) + len(self._leaving)) * (now_s - looked_s)
+            looked_s = now_s
         for runner, _ in [*self._engines.values(), *self._leaving]:
             await runner.cleanup()
 
@@ -91,7 +99,7 @@ class PlayedFleet:
     async def _start(self) -> None:
         name = f"{self.service}-{self._next}"
         self._next += 1
-        server = EngineServer(EmulatedEngine(self._profile), self._boot_s)
+        server = EngineServer(EmulatedEngine(self._profile), self.boot_s)
         runner = web.AppRunner(server.application(), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, self._address(name), self.port).start()
@@ -121,7 +129,7 @@ class PlayedFleet:
 
     def _scrape(self) -> None:
         own = [(f"{self._address(name)}:{self.port}", {"service": self.service}) for name in self._engines]
-        self._prometheus.scrape([*own, *self._also])
+        self._prometheus.scrape(own, f"-{self.service}")
 
 
 def _busy(engine: EmulatedEngine) -> bool:

@@ -5,10 +5,10 @@ A server whose program is not installed raises `Missing`, with how to get it.
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import http.client
 import json
-import lzma
 import os
 import shutil
 import signal
@@ -16,18 +16,14 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKED_API_SERVER = ROOT.parent / "shared" / "kube" / "kube-apiserver.xz"
 START_S = 120.0
 """Generous: the machine may be busy."""
 
@@ -129,22 +125,64 @@ class Engine(Process):
         return self
 
 
-class Prometheus(Process):
-    """Prometheus with one file of targets, which `scrape` writes."""
+class Guard:
+    """A certificate of a certificate authority of its own, and the password that a server asks for.
 
-    def __init__(self, folder: Path, scrape_s: float = 1.0) -> None:
+    Args:
+        folder: for keys and certificates.
+    """
+
+    USER, PASSWORD = "jevons", "secret"
+    BCRYPT = "$2b$04$YwwOP3WBh6kP/635Md9MG.HSI6tQetb5JbrB0G3UIziWe5hNQbL36"
+    """Of the password."""
+
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.targets = folder / "targets.json"
-        self.targets.write_text("[]")
+        self.ca, self.certificate, self.key = (folder / name for name in ("ca.crt", "server.crt", "server.key"))
+        request, ca_key, names = folder / "server.csr", folder / "ca.key", folder / "names"
+        names.write_text("subjectAltName=IP:127.0.0.1\n")
+        new = ["-newkey", "rsa:2048", "-nodes"]
+        signer = ["-CA", str(self.ca), "-CAkey", str(ca_key), "-CAcreateserial", "-days", "2"]
+        for command in (
+            ["req", "-x509", *new, "-keyout", str(ca_key), "-out", str(self.ca), "-subj", "/CN=tests", "-days", "2"],
+            ["req", *new, "-keyout", str(self.key), "-out", str(request), "-subj", "/CN=127.0.0.1"],
+            ["x509", "-req", "-in", str(request), "-out", str(self.certificate), "-extfile", str(names), *signer],
+        ):
+            subprocess.run([program("openssl", "openssl"), *command], check=True, capture_output=True)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": "Basic " + base64.b64encode(f"{self.USER}:{self.PASSWORD}".encode()).decode()}
+
+    def options(self, folder: Path) -> list[str]:
+        """For a Prometheus."""
+        files = {"cert_file": str(self.certificate), "key_file": str(self.key)}
+        config = {"tls_server_config": files, "basic_auth_users": {self.USER: self.BCRYPT}}
+        (folder / "web.yml").write_text(yaml.safe_dump(config))
+        return [f"--web.config.file={folder / 'web.yml'}"]
+
+
+class Prometheus(Process):
+    """Prometheus with files of targets, which `scrape` writes.
+
+    Args:
+        folder: its own.
+        scrape_s: time between two scrapes, seconds.
+        guard: certificate and password, none when left out.
+    """
+
+    def __init__(self, folder: Path, scrape_s: float = 1.0, guard: Guard | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.port, self._guard = folder, free_port(), guard
+        self.url = f"{'https' if guard else 'http'}://127.0.0.1:{self.port}"
+        (folder / "targets.json").write_text("[]")
         interval = f"{round(scrape_s * 1000)}ms"
         config = {
             "global": {"scrape_interval": interval, "scrape_timeout": interval},
             "scrape_configs": [
                 {
                     "job_name": "tests",
-                    "file_sd_configs": [{"files": [str(self.targets)], "refresh_interval": "1s"}],
+                    "file_sd_configs": [{"files": [str(folder / "targets*.json")], "refresh_interval": "1s"}],
                 }
             ],
         }
@@ -160,25 +198,39 @@ class Prometheus(Process):
                 f"--storage.tsdb.path={self.folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
                 "--web.enable-lifecycle",
+                *(self._guard.options(self.folder) if self._guard else ()),
             ],
             self.folder / "prometheus.log",
         )
-        self.wait(lambda: answers(f"{self.url}/-/ready"), "Prometheus")
+        self.wait(lambda: self._answers("/-/ready"), "Prometheus")
 
     def restart(self) -> None:
         self._start()
 
-    def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-        """Scrape these: (address, labels)."""
-        partial = self.targets.with_suffix(".partial")
+    @property
+    def _headers(self) -> dict[str, str]:
+        return self._guard.headers if self._guard else {}
+
+    @property
+    def _context(self) -> ssl.SSLContext | None:
+        return ssl.create_default_context(cafile=str(self._guard.ca)) if self._guard else None
+
+    def _answers(self, path: str) -> bool:
+        return answers(f"{self.url}{path}", self._headers, self._context)
+
+    def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]], owner: str = "") -> None:
+        """Scrape these, (address, labels), in the place of what the same owner named before."""
+        targets = self.folder / f"targets{owner}.json"
+        partial = targets.with_suffix(".partial")
         partial.write_text(json.dumps([{"targets": [at], "labels": dict(labels)} for at, labels in groups]))
-        partial.replace(self.targets)
+        partial.replace(targets)
 
     def wait_scraped(self, addresses: Sequence[str]) -> None:
         """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
 
         def scraped() -> bool:
-            with urllib.request.urlopen(f"{self.url}/api/v1/targets", timeout=5) as response:
+            request = urllib.request.Request(f"{self.url}/api/v1/targets", headers=self._headers)
+            with urllib.request.urlopen(request, timeout=5, context=self._context) as response:
                 active = json.load(response)["data"]["activeTargets"]
             up = {one["labels"]["instance"] for one in active if one["health"] == "up"}
             return up >= set(addresses)
@@ -225,179 +277,53 @@ class HAProxy(Process):
     def url(self, backend: str) -> str:
         return f"http://127.0.0.1:{self.ports[backend]}"
 
+    def serves(self, backend: str) -> bool:
+        """Whether it has a server that takes requests."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as response:
+            lines = response.read().decode().splitlines()
+        name = f'haproxy_backend_active_servers{{proxy="{backend}"}} '
+        return any(line.startswith(name) and float(line.removeprefix(name)) > 0 for line in lines)
 
-class KubeApiServer:
-    """etcd and kube-apiserver: from $KUBEBUILDER_ASSETS (envtest's folder) where it is set. No controllers run."""
+
+class MLflow(Process):
+    """A tracking server with a model registry."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        assets = os.environ.get("KUBEBUILDER_ASSETS", "")
-        etcd = (
-            str(Path(assets) / "etcd")
-            if assets and (Path(assets) / "etcd").is_file()
-            else program("etcd", "etcd-server")
-        )
-        self._ports = [free_port() for _ in range(3)]
-        self.port, client, peer = self._ports
-        self._etcd = Process(
-            [
-                etcd,
-                f"--data-dir={folder / 'etcd'}",
-                f"--listen-client-urls=http://127.0.0.1:{client}",
-                f"--advertise-client-urls=http://127.0.0.1:{client}",
-                f"--listen-peer-urls=http://127.0.0.1:{peer}",
-                f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
-                f"--initial-cluster=default=http://127.0.0.1:{peer}",
-                "--unsafe-no-fsync",
-            ],
-            folder / "etcd.log",
-        )
-        self._etcd.wait(lambda: answers(f"http://127.0.0.1:{client}/health"), "etcd")
-        key = folder / "service-accounts.key"
-        subprocess.run(
-            [program("openssl", "openssl"), "genrsa", "-out", str(key), "2048"], check=True, capture_output=True
-        )
-        tokens = folder / "tokens.csv"
-        tokens.write_text("admin-token,admin,admin,system:masters\nautoscaler-token,autoscaler,autoscaler\n")
-        self._api = Process(
-            [
-                str(_api_server(assets, folder)),
-                f"--etcd-servers=http://127.0.0.1:{client}",
-                "--bind-address=127.0.0.1",
-                "--advertise-address=127.0.0.1",
-                f"--secure-port={self.port}",
-                f"--cert-dir={folder / 'certificates'}",
-                f"--token-auth-file={tokens}",
-                "--authorization-mode=RBAC",
-                f"--service-account-key-file={key}",
-                f"--service-account-signing-key-file={key}",
-                "--service-account-issuer=https://kubernetes.default.svc",
-                "--service-cluster-ip-range=10.0.0.0/24",
-                "--disable-admission-plugins=ServiceAccount",
-            ],
-            folder / "kube-apiserver.log",
-        )
-        unverified = ssl.create_default_context()
-        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-        url = f"https://127.0.0.1:{self.port}"
-        headers = {"Authorization": "Bearer admin-token"}
-        try:
-            self._api.wait(lambda: answers(f"{url}/readyz", headers, unverified), "kube-apiserver")
-        except AssertionError:
-            self._etcd.stop()
-            raise
-        self.ca = folder / "certificates" / "apiserver.crt"
-        self.kubeconfig = self.write_kubeconfig("admin", "admin-token", url)
-        self.limited = self.write_kubeconfig("limited", "autoscaler-token", url)
-
-    def write_kubeconfig(self, name: str, token: str, url: str) -> Path:
-        cluster: dict[str, Any] = {"server": url}
-        if url.startswith("https"):
-            cluster["certificate-authority"] = str(self.ca)
-        path = self.folder / f"{name}.kubeconfig"
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "local",
-            "clusters": [{"name": "local", "cluster": cluster}],
-            "users": [{"name": "user", "user": {"token": token}}],
-            "contexts": [{"name": "local", "context": {"cluster": "local", "user": "user"}}],
-        }
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    def stop(self) -> None:
-        self._api.stop()  # first: it hangs when etcd goes before it
-        self._etcd.stop()
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"]
+        # Without its job workers, which would outlive it.
+        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        super().__init__(command, folder / "mlflow.log", environment)
+        self.wait(lambda: answers(f"{self.url}/health"), "MLflow")
 
 
-def _api_server(assets: str, folder: Path) -> Path:
-    if assets:
-        return Path(assets) / "kube-apiserver"
-    found = shutil.which("kube-apiserver")
-    if found:
-        return Path(found)
-    if not PACKED_API_SERVER.is_file():
-        raise Missing("kube-apiserver is not there: set KUBEBUILDER_ASSETS to a folder of setup-envtest")
-    binary = folder / "kube-apiserver"
-    with lzma.open(PACKED_API_SERVER) as packed, binary.open("wb") as out:
-        shutil.copyfileobj(packed, out, 1 << 20)
-    binary.chmod(0o755)
-    return binary
+class Controller(Process):
+    """`jevons run` with one configuration.
 
-
-class FaultProxy:
-    """Passes HTTP requests on to a real server, and fails in the way it is told: what comes back is what users see.
-
-    `fault` is called with method and path and returns what to do: None to pass on, an HTTP status to answer with,
-    "slow" to wait for `delay_s` first, "cut" to end the connection in the middle of the answer, "empty" for no body.
+    Args:
+        folder: for its log.
+        config: the YAML file.
+        options: such as `--no-ray`.
     """
 
-    def __init__(self, upstream: str, ca: Path | None = None) -> None:
-        self.upstream, self.delay_s = upstream, 5.0
-        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
-        self.seen: list[tuple[str, str]] = []
-        context = ssl.create_default_context(cafile=str(ca)) if ca else None
-        proxy = self
+    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+        self._jevons = str(Path(sys.executable).parent / "jevons")
+        self.config = config
+        environment = {"RAY_AUTH_MODE": "disabled", "RAY_enable_worker_prestart": "0"}
+        command = [self._jevons, "run", *options, "--config", str(config)]
+        super().__init__(command, folder / f"{config.stem}-run.log", environment)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def order(self, *words: str) -> str:
+        """What another `jevons` command on the same configuration says; an error when it fails."""
+        command = [self._jevons, *words, "--config", str(self.config)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def _pass(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length) if length else None
-                path = self.path.partition("?")[0]
-                proxy.seen.append((self.command, path))
-                fault = proxy.fault(self.command, path)
-                if fault == "slow":
-                    time.sleep(proxy.delay_s)
-                if isinstance(fault, int):
-                    message = b'{"kind":"Status","message":"made to fail"}'
-                    self._send(fault, message, "application/json")
-                    return
-                request = urllib.request.Request(f"{proxy.upstream}{self.path}", body, method=self.command)
-                for name, value in self.headers.items():
-                    if name.lower() not in ("host", "content-length", "connection", "accept-encoding"):
-                        request.add_header(name, value)
-                try:
-                    with urllib.request.urlopen(request, timeout=30, context=context) as response:
-                        status, data = response.status, response.read()
-                        kind = response.headers.get("Content-Type", "application/json")
-                except urllib.error.HTTPError as error:
-                    status, data, kind = error.code, error.read(), error.headers.get("Content-Type", "application/json")
-                except OSError:
-                    status, data, kind = 502, b"{}", "application/json"
-                if fault == "cut":
-                    self.send_response(status)
-                    self.send_header("Content-Type", kind)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data[: len(data) // 2])
-                    self.close_connection = True
-                    return
-                self._send(status, b"" if fault == "empty" else data, kind)
-
-            def _send(self, status: int, data: bytes, kind: str) -> None:
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", kind)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    self.close_connection = True  # the client did not wait
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def down(self) -> None:
+        """End in order."""
+        self.order("down")
+        self.process.wait(120)

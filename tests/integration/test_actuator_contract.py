@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import requests
 from kube_objects import create_deployment, delete_config_maps, set_ready
-from servers import HAProxy, KubeApiServer, wait_until
+from kube_server import KubeApiServer
+from servers import HAProxy, wait_until
 
 from autoscaler.actuators import LiveActuator, PartlyFailed, build_actuator
 from autoscaler.actuators.base import pools_of
@@ -55,7 +56,16 @@ class World:
     """How often a controller repeats a target until it is in force."""
 
 
-@pytest.fixture(params=["kubernetes", "haproxy", "config_map", "metric_only", "composite", "ray_serve"])
+@pytest.fixture(
+    params=[
+        "kubernetes",
+        "haproxy",
+        "config_map",
+        "metric_only",
+        "composite",
+        pytest.param("ray_serve", marks=pytest.mark.ray),
+    ]
+)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     def kubernetes() -> KubernetesConfig:
         server: KubeApiServer = request.getfixturevalue("kube")

@@ -11,7 +11,8 @@ import requests
 import yaml
 from conftest import start
 from kube_objects import create_deployment, replicas_of, set_ready
-from servers import Engine, KubeApiServer, Prometheus, wait_until
+from kube_server import KubeApiServer
+from servers import Engine, Prometheus, wait_until
 from typer.testing import CliRunner
 
 from training.cli import app

@@ -11,6 +11,7 @@ import pytest
 import requests
 from servers import Engine, HAProxy, wait_until
 
+from autoscaler import metric_presets as presets
 from autoscaler.actuators.base import pools_of
 from autoscaler.actuators.haproxy import HAProxyActuator, HAProxyConfig
 from policies.contract import Target
@@ -98,6 +99,29 @@ def test_a_drained_replica_finishes_what_it_has_and_gets_nothing_new(
 def served(engine: Engine) -> int:
     text = requests.get(f"http://{engine.address}/metrics", timeout=5).text
     return sum(int(float(line.rsplit(" ", 1)[1])) for line in text.splitlines() if "request_success_total{" in line)
+
+
+def arrived(haproxy: HAProxy) -> int:
+    """By the metric that snapshots read."""
+    (name,) = presets.GATEWAYS["haproxy"].names["arrival"]
+    text = requests.get(f"http://127.0.0.1:{haproxy.metrics_port}/metrics", timeout=5).text
+    return int(next(line for line in text.splitlines() if line.startswith(f'{name}{{proxy="chat"}}')).rsplit(" ", 1)[1])
+
+
+def test_requests_count_as_arrived_when_they_come_not_when_they_are_answered(
+    actuator: HAProxyActuator, haproxy: HAProxy
+) -> None:
+    cap(actuator, 1)
+    with ThreadPoolExecutor(8) as pool:
+        answers = load(pool, haproxy, 8, 200)
+        wait_until(lambda: sessions(haproxy) == (2, 6), "two are served, the others wait")
+        assert arrived(haproxy) == 8
+        assert [answer.result() for answer in answers] == [200] * 8
+    with requests.Session() as connection:  # kept alive by the client: one session of HAProxy's for each request
+        for _ in range(3):
+            body = {"prompt": "hello", "max_tokens": 2}
+            assert connection.post(f"{haproxy.url('chat')}/v1/completions", json=body, timeout=60).status_code == 200
+    assert arrived(haproxy) == 11
 
 
 def test_follows_replicas_that_come_and_go(actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fault_proxy import FaultProxy
 from kube_objects import (
     DEPLOYMENTS,
     PODS,
@@ -20,7 +21,8 @@ from kube_objects import (
     replicas_of,
     set_ready,
 )
-from servers import FaultProxy, KubeApiServer, wait_until
+from kube_server import KubeApiServer
+from servers import wait_until
 
 from autoscaler.actuators import PartlyFailed
 from autoscaler.actuators.kube_api import KubeConnection, KubeError

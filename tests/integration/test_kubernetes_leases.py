@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 from kube_objects import delete, kube_api
-from servers import FaultProxy, KubeApiServer
+from kube_server import KubeApiServer
 
 from autoscaler.actuators.kube_api import KubeConnection
 from autoscaler.controls import ANNOTATION

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import start
-from servers import FaultProxy, Prometheus, free_port, wait_until
+from exporters import ConstantEngine
+from fault_proxy import FaultProxy
+from servers import Prometheus, free_port, wait_until
 
 from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.check import check_metrics
@@ -33,49 +32,9 @@ def spec(service: str, ttft_s: float = 0.5) -> ScalingSpec:
     )
 
 
-@dataclass
-class Exporter:
-    """An engine that exposes what it is told; counters grow by `rates` per second."""
-
-    gauges: dict[str, float | str] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
-    began_s: float = field(default_factory=time.time)
-    sample_age_s: float | None = None
-
-    def __post_init__(self) -> None:
-        exporter = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = exporter.text().encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain; version=0.0.4")
-                with contextlib.suppress(OSError):  # a scraper that did not wait
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def text(self) -> str:
-        stamp = "" if self.sample_age_s is None else f" {int((time.time() - self.sample_age_s) * 1000)}"
-        grown_s = time.time() - self.began_s
-        lines = [f"{name} {value}{stamp}" for name, value in self.gauges.items()]
-        return "\n".join([*lines, *(f"{name} {rate * grown_s}{stamp}" for name, rate in self.rates.items())]) + "\n"
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def vllm(prefix: str = "vllm:", scale: float = 1.0) -> Exporter:
+def vllm(prefix: str = "vllm:", scale: float = 1.0) -> ConstantEngine:
     """Five requests per second of 100 prompt and 20 output tokens; 80 % of first tokens within 0.5 s."""
-    return Exporter(
+    return ConstantEngine(
         gauges={
             f"{prefix}num_requests_running": 6,
             f"{prefix}num_requests_waiting": 2,
@@ -111,11 +70,11 @@ def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
 
 
 @pytest.fixture
-def engines(prometheus: Prometheus) -> Iterator[Callable[..., list[Exporter]]]:
+def engines(prometheus: Prometheus) -> Iterator[Callable[..., list[ConstantEngine]]]:
     """Scrape made-up engines until the window is full."""
-    running: list[Exporter] = []
+    running: list[ConstantEngine] = []
 
-    def scrape(groups: list[tuple[Exporter, str]]) -> list[Exporter]:
+    def scrape(groups: list[tuple[ConstantEngine, str]]) -> list[ConstantEngine]:
         running.extend(exporter for exporter, _ in groups)
         prometheus.scrape([(exporter.address, {"service": service}) for exporter, service in groups])
         prometheus.wait_scraped([exporter.address for exporter, _ in groups])
@@ -235,7 +194,7 @@ def test_a_restarted_engine_makes_no_negative_rate(prometheus: Prometheus, engin
     engine = vllm()
     engine.began_s -= 1000.0
     engines([(engine, "chat")])
-    engine.began_s = time.time()
+    engine.began_s = time.monotonic()
     time.sleep(3.0)
     snapshot = source(prometheus.url, [spec("chat")]).read()
     assert 0.0 < snapshot.generation_tps[0] < 150.0

@@ -24,7 +24,7 @@ from autoscaler.database import CONTROLLERS, DECISIONS, LEASES, Database
 from autoscaler.records import read_ticks
 from policies.spec import shipped_configs
 
-pytestmark = pytest.mark.timeout(580)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(580)]
 JEVONS = (sys.executable, "-c", "from training.cli import app; app()")
 START_S = 270.0
 

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from servers import FaultProxy, wait_until
+from fault_proxy import FaultProxy
+from servers import wait_until
 
 from autoscaler.actuators import PartlyFailed
 from autoscaler.actuators.ray_serve import RayServeActuator, RayServeConfig
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
+
+pytestmark = pytest.mark.ray
 
 ENGINE = find_engine("llama-3.1-8b-h100", Path())
 SPEC = ScalingSpec(service="chat", slo=Slo(ttft_s=0.5, tpot_s=0.05), pools=(PoolSpec(engine=ENGINE, max_replicas=8),))

@@ -16,7 +16,7 @@ from servers import Engine, Prometheus
 from autoscaler.prometheus_api import PrometheusConfig
 from autoscaler.traffic_recording import record
 from envs.generator import GeneratorSpec, generate
-from envs.trace_summary import dispersion
+from envs.trace_summary import counts, dispersion
 from envs.traces import Trace
 from training.record import trace_from_recording
 
@@ -40,23 +40,27 @@ def engines(tmp_path: Path) -> Iterator[list[Engine]]:
         engine.stop()
 
 
-async def replay(trace: Trace, engines: list[Engine]) -> list[int]:
-    """HTTP status of each request, sent at its time."""
+async def replay(trace: Trace, engines: list[Engine]) -> list[float]:
+    """Unix time of each request's first token; each is sent at its time, or later on a busy machine."""
     began_s = time.monotonic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def send(row: int) -> int:
+        async def send(row: int) -> float:
             await asyncio.sleep(trace.arrival_s[row] - (time.monotonic() - began_s))
             body = {
                 "prompt": "",
                 "jevons_prompt_tokens": int(trace.prompt_tokens[row]),
                 "max_tokens": int(trace.output_tokens[row]),
+                "stream": True,
             }
             async with session.post(
                 f"http://{engines[row % len(engines)].address}/v1/completions", json=body
             ) as answer:
-                await answer.read()
-                return answer.status
+                assert answer.status == 200
+                await answer.content.readline()
+                first_s = time.time()
+                await answer.content.read()
+                return first_s
 
         return await asyncio.gather(*(send(row) for row in range(len(trace))))
 
@@ -69,13 +73,17 @@ def test_a_replayed_trace_is_recorded_as_it_was(prometheus: Prometheus, engines:
     prometheus.scrape([(engine.address, {"service": "chat"}) for engine in engines])
     prometheus.wait_scraped([engine.address for engine in engines])
     began_s = time.time()
-    assert set(asyncio.run(replay(short, engines))) == {200}
+    first_s = np.sort(asyncio.run(replay(short, engines)))
     time.sleep(3.0)  # the last scrape
     recording = record(PrometheusConfig(url=prometheus.url), "chat", began_s - 1.0, time.time())
     recorded = trace_from_recording(recording, "recorded", seed=0)
 
+    # Beside what clients saw in the same windows: how late a busy machine sent and served is not the recorder's fault.
+    ones = np.ones(len(first_s), np.int64)
+    seen = Trace.from_arrays(first_s - recording.start_s, ones, ones, duration_s=recording.duration_s)
     assert len(recorded) == pytest.approx(len(short), rel=0.03)
-    assert dispersion(recorded, 10.0) == pytest.approx(dispersion(short, 10.0), rel=0.4)
+    assert dispersion(recorded, 10.0) == pytest.approx(dispersion(seen, 10.0), rel=0.25)
+    assert np.abs(counts(recorded, 10.0) - counts(seen, 10.0)).sum() <= 0.1 * len(seen)
     assert recording.arrivals.resolution_s == pytest.approx(1.0, rel=0.5)
     for field in ("prompt_tokens", "output_tokens"):
         ratios = np.percentile(getattr(recorded, field), (25, 50, 75)) / np.percentile(
