@@ -32,6 +32,9 @@ class LoadProtocol(StrictModel):
     """How a closed-loop measurement was run, as far as it changes the mean latencies."""
 
     requests_per_client: int = Field(default=10, ge=1, le=1000, description="Requests sent per client.")
+    most_requests: int | None = Field(
+        default=None, ge=1, description="Requests of a run at most, however many clients; each sends at least one."
+    )
     start: Literal["burst", "steady"] = Field(
         default="burst",
         description="burst: all clients start together and every request counts; steady: clients are spread over a "
@@ -39,6 +42,9 @@ class LoadProtocol(StrictModel):
     )
     waiting: int = Field(
         default=0, ge=0, le=64, description="Clients beyond the engine's batch limit: requests that always wait."
+    )
+    cached_share: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Share of every prompt that the engine finds in its prefix cache."
     )
     length_spread: NonNegative = Field(
         default=0.0, le=0.9, description="Output lengths are uniform within this share of their mean, 0: all equal."
@@ -54,11 +60,13 @@ class LoopLatencies(NamedTuple):
 
 
 def loop_lengths(protocol: LoadProtocol, output_tokens: int, concurrency: int) -> NDArray[np.int64]:
-    """Output length of every request of a run, in the order they are sent, (concurrency * requests_per_client,).
+    """Output length of every request of a run, in the order they are sent, (requests,).
 
     The load generator and the simulation both call this, so they serve the same requests.
     """
     requests = concurrency * protocol.requests_per_client
+    if protocol.most_requests is not None:
+        requests = max(concurrency, min(requests, protocol.most_requests))
     if protocol.length_spread > 0.0:
         rng = np.random.default_rng((LENGTH_SEED, output_tokens, concurrency))
         factors = 1.0 + protocol.length_spread * rng.uniform(-1.0, 1.0, requests)
@@ -110,9 +118,10 @@ class ClosedLoops:
                 arrival_s=np.zeros(len(outputs)),
                 prompt_tokens=np.full(len(outputs), int(prompt)),
                 output_tokens=outputs,
+                prefix_hit_tokens=np.full(len(outputs), int(prompt * protocol.cached_share)),
                 name="closed loop",
             )
-            for prompt, outputs in zip(prompt_tokens, self.outputs, strict=True)
+            for prompt, outputs, protocol in zip(prompt_tokens, self.outputs, self.protocols, strict=True)
         ]
         limit = int(self.concurrency.max()) if max_num_seqs is None else max_num_seqs
         engine = _blank_engine(limit, max_num_batched_tokens)

@@ -31,8 +31,6 @@ FEWEST_ROWS = 8
 """Sets with fewer rows cannot fit five coefficients with rows held out."""
 FOLDS = 5
 FAMILIES = ("Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-32B")
-KV_SHARES = (0.85, 1.0)
-"""Engines leave a part of the estimated capacity to graphs and buffers; saturated rows tell."""
 NOTES_FROM, NOTES_TO = "<!-- notes:begin -->", "<!-- notes:end -->"
 """The part of the page that people write stands between these lines; it is kept."""
 
@@ -62,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(prog="python -m training.fidelity", description=main.__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="folder with the measured tables")
+    parser.add_argument("--unseen", type=Path, help="folder with tables of sets that nobody looked at, tested apart")
     parser.add_argument("--bench", type=Path, help="output of `make bench`, for the speed table")
     parser.add_argument(
         "--live", type=Path, action="append", default=[], help="JSON of `jevons profile validate --replay`"
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/fidelity.md"))
     options = parser.parse_args(arguments)
     try:
-        text = render(options.reference, options.bench, options.live, notes_of(options.out))
+        text = render(options.reference, options.unseen, options.bench, options.live, notes_of(options.out))
     except (ConfigError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     write_whole(options.out, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -83,10 +82,11 @@ def notes_of(page: Path) -> str:
     return text[start : end + len(NOTES_TO)] if 0 <= start < end else f"{NOTES_FROM}\n{NOTES_TO}"
 
 
-def render(reference: Path, bench: Path | None, live: Sequence[Path], notes: str) -> str:
+def render(reference: Path, unseen: Path | None, bench: Path | None, live: Sequence[Path], notes: str) -> str:
     """The page."""
     sets, thin = measured_sets(reference)
-    return page(sets, thin, step_sets(reference), shipped_rows(sets), bench, live, notes)
+    fresh = [] if unseen is None else measured_sets(unseen)[0]
+    return page(sets, thin, fresh, step_sets(reference), shipped_rows(sets), bench, live, notes)
 
 
 def measured_sets(reference: Path) -> tuple[list[SetResult], list[tuple[str, int]]]:
@@ -102,8 +102,8 @@ def measured_sets(reference: Path) -> tuple[list[SetResult], list[tuple[str, int
         if not isinstance(table, LoopLatencyTable):
             raise ConfigError(f"{path}: expected closed-loop latencies, found step times")
         say(f"fitting {label}, {len(table)} rows")
-        shares = KV_SHARES if table.saturated.any() else (1.0,)
-        fit = fit_profile(table, candidates=unknown_conditions(kv_shares=shares), folds=FOLDS, bootstrap=0)
+        unknowns = unknown_conditions(saturated=bool(table.saturated.any()))
+        fit = fit_profile(table, unknowns=unknowns, folds=FOLDS, bootstrap=0)
         found.append(SetResult(label, len(table), fit, table, table.saturated))
     return found, thin
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.profile_fit import ErrorRow
+from training.profile_fit import BUDGETS, CACHED_SHARES, KV_SHARES, ErrorRow
 
 if TYPE_CHECKING:
     from training.fidelity import SetResult
@@ -35,8 +35,17 @@ SPEEDS = (
     ("Vidur, Python, event loop alone", "every iteration", "5.5 (1 replica), 6.5 (4)"),
     ("vllm-sr-sim, Python", "every request, its service time frozen at admission", "0.016 (1 replica), 0.025 (4)"),
 )
+JUDGED = (("tpot_p50_s", "median TPOT"), ("ttft_p90_s", "TTFT p90"))
 BENCH_FIGURE = "simulator_requests_per_s_200000"
 WORST_LISTED = 12
+SET_HEADINGS = (
+    "set",
+    "rows",
+    "TPOT held out, median / mean (90 % interval)",
+    "in sample",
+    "TTFT held out, unsaturated",
+    "in sample",
+)
 CLIENT_BINS = (
     ("up to 16 clients", 1, 16),
     ("17 to 64", 17, 64),
@@ -58,17 +67,20 @@ unknown conditions of the measurement (next paragraph), are fitted on the other 
 *Saturated* rows are those whose requests in flight, at full length, exceed the KV capacity: their TTFT is the length
 of a queue.
 
-**What the files do not say** is chosen among a few alternatives, by the rows that are fitted: requests per client
-(5, 10, 20 from a common start, or a steady state), whether one client more than the batch always waits, tokens per
-iteration (2,048, 4,096, 8,192), and for sets with saturated rows the share of the estimated KV capacity (0.85 or 1).
-That is information about the load generator and the engine's flags; who measures with `jevons profile measure`
-has it.
+**What the files do not say** is chosen by the rows that are fitted, one unknown after the other: requests per client
+(10 or 20 from a common start, or a steady state), whether one client more than the batch always waits, whether a run
+ends after 1,000 requests, tokens per iteration ({budgets}), the share of each prompt that a prefix cache
+holds ({cached}), and for sets with saturated rows the share of the estimated KV capacity ({kv}). The first of each
+list is the most usual and stays, unless another lowers the cost of the fitted rows by more than the standard error of
+its gain over the rows. That is information about the load generator and the engine's flags; who measures with
+`jevons profile measure` has it.
 """
 
 
 def page(
     sets: Sequence[SetResult],
     thin: Sequence[tuple[str, int]],
+    fresh: Sequence[SetResult],
     steps: Sequence[tuple[str, ErrorRow, ErrorRow]],
     shipped: Sequence[tuple[str, str, ErrorRow, ErrorRow]],
     bench: Path | None,
@@ -77,22 +89,18 @@ def page(
 ) -> str:
     """The whole page; `notes` is the part that people write, kept as it stands."""
     parts = [
-        INTRODUCTION.format(folds=sets[0].fit.folds),
-        "## Measured sets\n",
-        _table(
-            (
-                "set",
-                "rows",
-                "TPOT held out, median / mean (90 % interval)",
-                "in sample",
-                "TTFT held out, unsaturated",
-                "in sample",
-            ),
-            [_set_cells(result) for result in sets],
+        INTRODUCTION.format(
+            folds=sets[0].fit.folds,
+            budgets=", ".join(f"{budget:,}" for budget in BUDGETS),
+            cached=", ".join(f"{share:.0%}" for share in CACHED_SHARES),
+            kv=", ".join(f"{share:g}" for share in KV_SHARES),
         ),
+        "## Measured sets\n",
+        _table(SET_HEADINGS, [_set_cells(result) for result in sets]),
         *(f"\n{label}: {rows} row, too few to fit.\n" for label, rows in thin),
         "\n## Against the bars\n",
         _table(("over all sets, held out", "error", "rows", "bar", ""), _bar_cells(sets)),
+        *([_fresh(fresh)] if fresh else []),
         "\n## What was fitted, under which conditions\n",
         _table(
             ("set", "a ms", "b us/token", "c us/seq", "d us/1k KV", "e ns/token²", "conditions"),
@@ -175,6 +183,18 @@ def _bar_cells(sets: Sequence[SetResult]) -> list[Cells]:
     return cells
 
 
+def _fresh(sets: Sequence[SetResult]) -> str:
+    """The sets that had no part in any choice."""
+    return (
+        "\n## Sets that nobody had looked at\n\nThe model form, the lists of unknown conditions and the rule that "
+        "chooses were settled on the sets above.\nThese sets, from the same collection, were chosen by model, GPU and "
+        "engine alone and opened after that:\nthe clean test.\n"
+        + _table(SET_HEADINGS, [_set_cells(result) for result in sets])
+        + _table(("over these sets, held out", "error", "rows", "bar", ""), _bar_cells(sets))
+        + _table(("set", "conditions chosen on all rows"), [[one.label, str(one.fit.conditions)] for one in sets])
+    )
+
+
 def _coefficient_cells(result: SetResult) -> Cells:
     return [
         result.label,
@@ -233,9 +253,11 @@ def _step_table(steps: Sequence[tuple[str, ErrorRow, ErrorRow]]) -> str:
 
 
 def _live(files: Sequence[Path]) -> str:
-    rows = []
+    rows, summaries = [], []
     for file in files:
         data = json.loads(file.read_text(encoding="utf-8"))
+        judged = [_extremes(data["rows"], quantity, label) for quantity, label in JUDGED]
+        summaries.append(f"{data['profile']}: {'; '.join(judged)}.")
         for row in data["rows"]:
             if row["quantity"] in ("ttft_p50_s", "ttft_p90_s", "tpot_p50_s", "tpot_p90_s", "e2e_p50_s", "output_tps"):
                 spread = row["repeat_spread"]
@@ -252,9 +274,20 @@ def _live(files: Sequence[Path]) -> str:
                 )
     return (
         "\n## A real engine, replayed\n\nA slice of traffic that the fit never saw, on a live engine and through the "
-        "cluster model.\n"
+        "cluster model.\n\n"
+        + "\n".join(summaries)
+        + "\n"
         + _table(("profile", "batch cap", "quantity", "live", "simulated", "error", "live repeats differ by"), rows)
     )
+
+
+def _extremes(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> str:
+    """How far a quantity is off at the best and the worst batch cap, and how far live repeats differ."""
+    chosen = [row for row in rows if row["quantity"] == quantity]
+    errors = [abs(row["error"]) for row in chosen]
+    spreads = [row["repeat_spread"] for row in chosen if row["repeat_spread"] is not None]
+    found = f"{label} off by {min(errors):.1%} to {max(errors):.1%} over {len(chosen)} batch caps"
+    return found + (f" (live repeats differ by {min(spreads):.0%} to {max(spreads):.0%})" if spreads else "")
 
 
 def _ours(sets: Sequence[SetResult]) -> Cells:

@@ -18,7 +18,7 @@ from training.console import check_writable, one_sentence_errors, say, write_who
 if TYPE_CHECKING:
     from policies.engine import EngineProfile
     from training.measurements import Measured
-    from training.profile_fit import Conditions, ErrorRow, Fit, Progress
+    from training.profile_fit import ErrorRow, Fit, Progress, Unknowns
 
 app = typer.Typer(help="Make engine profiles, and see how far they are from measurements.", no_args_is_help=True)
 
@@ -83,8 +83,8 @@ def fit(
     profile = find_engine(base, Path())
     limits = _limits(profile, kv_tokens, max_num_batched_tokens, None)
     table = read_measurements(data, limits, _pairs(where, "--where"))
-    candidates = _candidates(table, max_num_batched_tokens, requests_per_client)
-    found = _fit(table, candidates, profile, _numbers(fix), folds, bootstrap, seed)
+    unknowns = _unknowns(table, max_num_batched_tokens, requests_per_client)
+    found = _fit(table, unknowns, profile, _numbers(fix), folds, bootstrap, seed)
     changes = {
         "kv_capacity_tokens": kv_tokens,
         "max_num_batched_tokens": max_num_batched_tokens or found.conditions.max_num_batched_tokens,
@@ -290,9 +290,8 @@ def _validate_rows(
     from training.profile_report import ERROR_HEADINGS, error_cells, scatter, show, write_page
 
     table = read_measurements(data, _limits(engine, None, budget, None), where)
-    table = _candidates(table, budget or engine.max_num_batched_tokens, per_client or REQUESTS_PER_CLIENT)[0].apply(
-        table
-    )
+    unknowns = _unknowns(table, budget or engine.max_num_batched_tokens, per_client or REQUESTS_PER_CLIENT)
+    table = unknowns.usual.apply(table)
     predicted = table.predict(coefficients_of(engine.step))
     errors = [("", ErrorRow.of(quantity, values, table.measured[quantity])) for quantity, values in predicted.items()]
     cells = error_cells(errors)
@@ -311,21 +310,19 @@ def _limits(profile: EngineProfile, kv_tokens: int | None, budget: int | None, s
     return Limits(kv_tokens or profile.kv_capacity_tokens, budget or profile.max_num_batched_tokens, seqs)
 
 
-def _candidates(table: Measured, budget: int | None, per_client: int | None) -> Sequence[Conditions]:
-    """Ways that a table may have been measured; one where the file says it."""
+def _unknowns(table: Measured, budget: int | None, per_client: int | None) -> Unknowns:
+    """Ways that a table may have been measured; none but the stated one where the file says it."""
     from training.measurements import LoopLatencyTable
     from training.profile_fit import AS_STATED, unknown_conditions
 
     if not isinstance(table, LoopLatencyTable) or table.protocols is not None:
         return AS_STATED
-    if budget is None:
-        return unknown_conditions(requests_per_client=per_client)
-    return unknown_conditions((budget,), requests_per_client=per_client)
+    return unknown_conditions(budget, per_client, saturated=bool(table.saturated.any()))
 
 
 def _fit(
     table: Measured,
-    candidates: Sequence[Conditions] | None,
+    unknowns: Unknowns | None,
     start: EngineProfile | None,
     fixed: dict[str, float],
     folds: int,
@@ -339,7 +336,7 @@ def _fit(
     with _bar("fitting") as tell:
         return fit_profile(
             table,
-            candidates=candidates or AS_STATED,
+            unknowns=unknowns or AS_STATED,
             start=None if start is None else start.step,
             fixed=fixed,
             folds=folds,

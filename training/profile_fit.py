@@ -8,9 +8,9 @@ This module must not know about files, plots or the command line.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +27,26 @@ SOFT_ERROR = 0.1
 """Relative error past which a row's pull grows linearly, no longer with its square."""
 STEP = 0.01
 """Step of the finite differences, relative: the simulation is smooth only in the large."""
-COARSE, FINE = 5, 40
-"""Evaluations of the Jacobian while conditions are compared, and for the final fit."""
-FINALISTS = 3
-"""Conditions that are fitted finely; the others were worse after the coarse fit."""
+COARSE, FINE = (4, 1e-3), (20, 1e-5)
+"""Steps of the search and its relative tolerance, while conditions are compared and for the final fit."""
+PASSES = 2
+"""Times that the unknown conditions are gone through: a later one may change what an earlier one should be."""
+MARGIN = 1.0
+"""Standard errors by which other conditions must be better than the usual ones."""
+BUDGETS = (8192, 4096, 2048)
+"""Tokens per iteration, the most usual first."""
+CACHED_SHARES = (0.0, 0.5, 0.9)
+"""Shares of a prompt that a prefix cache may hold."""
+KV_SHARES = (1.0, 0.85)
+"""Engines leave a part of the estimated KV capacity to graphs and buffers; saturated rows tell."""
 INTERVAL = (5.0, 95.0)
 """Percentiles of the bootstrap: a 90 % interval."""
 DEFAULT_START = np.array([8.0, 30.0, 25.0, 40.0, 1.0])
 """Where the search starts without a base profile, in the units of `StepModel`: a mid-size model on an H100."""
 
 Progress = Callable[[int, int, str], None]
+Change = Mapping[str, Any]
+"""Fields of `Conditions` or of its protocol, and their values."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,29 @@ class Conditions:
             return table.under(self.protocol, self.max_num_batched_tokens, self.kv_share)
         return table
 
+    def but(self, change: Change) -> Conditions:
+        """These conditions with other values; fields of the protocol and of the engine alike.
+
+        Raises:
+            ValueError: when the protocol should change and there is none.
+        """
+        load = {name: value for name, value in change.items() if name in LoadProtocol.model_fields}
+        engine = {name: value for name, value in change.items() if name not in load}
+        if not load:
+            return replace(self, **engine)
+        if self.protocol is None:
+            raise ValueError("no protocol to change")
+        return replace(self, protocol=self.protocol.model_copy(update=load), **engine)
+
     def __str__(self) -> str:
         parts = []
         if self.protocol is not None:
             start = f"{self.protocol.start} of {self.protocol.requests_per_client} requests per client"
+            if self.protocol.most_requests is not None:
+                start += f", {self.protocol.most_requests:,} at most"
             parts.append(start + (f", {self.protocol.waiting} always waiting" if self.protocol.waiting else ""))
+            if self.protocol.cached_share:
+                parts.append(f"{self.protocol.cached_share:.0%} of each prompt cached")
         if self.max_num_batched_tokens is not None:
             parts.append(f"{self.max_num_batched_tokens:,} tokens per iteration")
         if self.kv_share != 1.0:
@@ -65,29 +93,48 @@ class Conditions:
         return "; ".join(parts) or "as stated"
 
 
-AS_STATED = (Conditions(),)
+@dataclass(frozen=True)
+class Unknowns:
+    """Conditions that may be otherwise: where the search begins, and per unknown what else it may be.
+
+    Attributes:
+        usual: what is most usual; kept where the rows do not speak clearly against it.
+        axes: per unknown, what it may be, the most usual first.
+    """
+
+    usual: Conditions = Conditions()
+    axes: tuple[tuple[Change, ...], ...] = ()
+
+
+AS_STATED = Unknowns()
 
 
 def unknown_conditions(
-    budgets: Sequence[int] = (2048, 4096, 8192),
-    kv_shares: Sequence[float] = (1.0,),
-    requests_per_client: int | None = None,
-) -> tuple[Conditions, ...]:
+    max_num_batched_tokens: int | None = None, requests_per_client: int | None = None, saturated: bool = False
+) -> Unknowns:
     """Every way that a published closed-loop measurement may have been run.
 
     Args:
-        budgets: tokens per iteration.
-        kv_shares: factors on the stated KV capacity.
-        requests_per_client: where known; several and a steady state are tried when None.
+        max_num_batched_tokens: tokens per iteration, where known.
+        requests_per_client: where known.
+        saturated: whether rows fill the KV cache, so that they tell its capacity.
     """
-    counts = (5, 10, 20) if requests_per_client is None else (requests_per_client,)
-    protocols = [LoadProtocol(requests_per_client=count, waiting=waiting) for count in counts for waiting in (0, 1)]
+    counts = (10, 20) if requests_per_client is None else (requests_per_client,)
+    loads: list[Change] = [
+        {"start": "burst", "requests_per_client": count, "waiting": waiting} for count in counts for waiting in (0, 1)
+    ]
+    axes: list[tuple[Change, ...]] = []
     if requests_per_client is None:
-        protocols.append(LoadProtocol(requests_per_client=4, start="steady"))
-    return tuple(
-        Conditions(protocol, budget, share)
-        for protocol, budget, share in itertools.product(protocols, budgets, kv_shares)
-    )
+        loads.append({"start": "steady", "requests_per_client": 4, "waiting": 0})
+        axes.append(({"most_requests": None}, {"most_requests": 1000}))
+    axes.insert(0, tuple(loads))
+    if max_num_batched_tokens is None:
+        axes.append(tuple({"max_num_batched_tokens": budget} for budget in BUDGETS))
+    axes.append(tuple({"cached_share": share} for share in CACHED_SHARES))
+    if saturated:
+        axes.append(tuple({"kv_share": share} for share in KV_SHARES))
+    protocol = LoadProtocol(requests_per_client=counts[0])
+    return Unknowns(Conditions(protocol, max_num_batched_tokens or BUDGETS[0]), tuple(axes))
 
 
 @dataclass(frozen=True)
@@ -177,7 +224,7 @@ class Fit:
 def fit_profile(
     table: Measured,
     *,
-    candidates: Sequence[Conditions] = AS_STATED,
+    unknowns: Unknowns = AS_STATED,
     start: StepModel | None = None,
     fixed: Mapping[str, float] | None = None,
     folds: int = 5,
@@ -191,7 +238,7 @@ def fit_profile(
 
     Args:
         table: measurements.
-        candidates: conditions to choose from.
+        unknowns: conditions of the measurement to choose.
         start: where the search starts.
         fixed: coefficients that are given rather than fitted, by name.
         folds: parts that are held out in turn; 0 for none.
@@ -210,12 +257,12 @@ def fit_profile(
     tell: Progress = on_progress or (lambda done, total, label: None)
 
     tell(0, total, "all rows")
-    coefficients, conditions = search.choose(table, candidates)
+    coefficients, conditions = search.choose(table, unknowns)
     held_out: dict[str, Floats] = {name: np.full(len(table), np.nan) for name in table.measured} if folds else {}
     for fold in range(folds):
         tell(1 + fold, total, f"fold {fold + 1} of {folds}")
         unseen = np.flatnonzero(fold_of == fold)
-        found, under = search.choose(table.take(np.flatnonzero(fold_of != fold)), candidates)
+        found, under = search.choose(table.take(np.flatnonzero(fold_of != fold)), unknowns)
         for name, values in under.apply(table.take(unseen)).predict(found).items():
             held_out[name][unseen] = values
     settled = conditions.apply(table)
@@ -284,21 +331,29 @@ class Search:
         if folds and rows - -(-rows // folds) < needed - 1:
             raise ConfigError(f"{rows} rows are too few for {folds} folds: use fewer, or --folds 0")
 
-    def choose(self, table: Measured, candidates: Sequence[Conditions]) -> tuple[Floats, Conditions]:
-        """The best coefficients, (5,), and the candidate under which they were found."""
-        entrants = [(0.0, order, self.start) for order in range(len(candidates))]
-        for kept, evaluations in ((FINALISTS, COARSE), (1, FINE)):
-            if len(entrants) > kept or evaluations == FINE:
-                tried = []
-                for _, order, start in entrants:
-                    found, cost = self.solve(candidates[order].apply(table), start, evaluations)
-                    tried.append((cost, order, found))
-                entrants = sorted(tried, key=lambda entry: entry[:2])[:kept]
-        _, order, coefficients = entrants[0]
-        return coefficients, candidates[order]
+    def choose(self, table: Measured, unknowns: Unknowns) -> tuple[Floats, Conditions]:
+        """The best coefficients, (5,), and the conditions under which they were found.
 
-    def solve(self, table: Measured, start: Floats, evaluations: int) -> tuple[Floats, float]:
-        """Coefficients, (5,) in the units of `StepModel`, and the cost."""
+        One unknown after the other, from the most usual conditions; another value is taken when it lowers the cost of
+        these rows by more than the standard error of the rows' differences.
+        """
+        if not unknowns.axes:
+            return self.solve(unknowns.usual.apply(table), self.start, FINE)[0], unknowns.usual
+        conditions = unknowns.usual
+        tried = {conditions: self.solve(conditions.apply(table), self.start, COARSE)}
+        for axis in unknowns.axes * PASSES:
+            coefficients, costs = tried[conditions]
+            for other in (conditions.but(change) for change in axis):
+                if other not in tried:
+                    tried[other] = self.solve(other.apply(table), coefficients, COARSE)
+            best = min((conditions.but(change) for change in axis), key=lambda other: float(tried[other][1].sum()))
+            gains = costs - tried[best][1]
+            if gains.sum() > MARGIN * gains.std(ddof=1) * np.sqrt(len(gains)):
+                conditions = best
+        return self.solve(conditions.apply(table), tried[conditions][0], FINE)[0], conditions
+
+    def solve(self, table: Measured, start: Floats, effort: tuple[int, float]) -> tuple[Floats, Floats]:
+        """Coefficients, (5,) in the units of `StepModel`, and the cost of each row, (rows,)."""
         scale = np.maximum(start, 1e-3 * DEFAULT_START)[self.free]
         logs = {name: np.log(values) for name, values in table.measured.items()}
 
@@ -307,11 +362,15 @@ class Search:
             full[self.free] = x * scale
             return full
 
+        latest: dict[bytes, Floats] = {}  # the search asks for the Jacobian where it has just been
+
         def residuals(x: Floats) -> Floats:
-            predicted = table.predict(coefficients(x))
-            parts = [WEIGHTS[name] * (np.log(predicted[name]) - known) for name, known in logs.items()]
-            joined = np.concatenate(parts)
-            return np.where(np.isnan(joined), 0.0, joined)
+            if x.tobytes() not in latest:
+                predicted = table.predict(coefficients(x))
+                parts = [WEIGHTS[name] * (np.log(predicted[name]) - known) for name, known in logs.items()]
+                latest.clear()
+                latest[x.tobytes()] = np.nan_to_num(np.concatenate(parts))
+            return latest[x.tobytes()]
 
         def jacobian(x: Floats) -> Floats:
             here = residuals(x)
@@ -332,8 +391,10 @@ class Search:
             bounds=(floor, np.inf),
             loss="soft_l1",
             f_scale=SOFT_ERROR,
-            max_nfev=evaluations,
-            xtol=1e-5,
-            ftol=1e-5,
+            max_nfev=effort[0],
+            xtol=effort[1],
+            ftol=effort[1],
         )
-        return coefficients(found.x), float(found.cost)
+        by_row = found.fun.reshape(-1, len(table))
+        costs: Floats = (SOFT_ERROR**2 * (np.sqrt(1.0 + (by_row / SOFT_ERROR) ** 2) - 1.0)).sum(axis=0)
+        return coefficients(found.x), costs

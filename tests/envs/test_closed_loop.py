@@ -84,6 +84,19 @@ def test_output_lengths_stay_within_their_spread():
     )
 
 
+def test_a_run_ends_at_its_most_requests_but_serves_every_client():
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 8)) == 100
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 4)) == 80
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 128)) == 128
+
+
+def test_a_prefix_in_the_cache_is_not_computed_again():
+    a, b, _, _, e = STEP.seconds
+    protocol = LoadProtocol(requests_per_client=3, cached_share=0.75)
+    found = ClosedLoops([400], [40], [1], [protocol], 2048).run(STEP.seconds, 10_000)
+    assert found.ttft_mean_s == pytest.approx(a + 100 * (b + e * (300 + 100 / 2)))
+
+
 def test_a_request_that_can_never_fit_is_refused():
     with pytest.raises(ValueError, match="150 tokens can never fit a KV cache of 149 tokens"):
         ClosedLoops([100], [50], [1], [LoadProtocol()], 2048).run(STEP.seconds, 149)

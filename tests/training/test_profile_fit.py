@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from envs.closed_loop import LoadProtocol
 from policies.engine import ConfigError
 from training.measurements import COEFFICIENTS, LoopLatencyTable, StepTimes
-from training.profile_fit import Conditions, coefficients_of, fit_profile, step_model
+from training.profile_fit import Conditions, Unknowns, coefficients_of, fit_profile, step_model, unknown_conditions
 
 PROTOCOL = LoadProtocol(requests_per_client=4)
 TRUE = np.array([6.0, 18.0, 14.0, 42.0, 1.2])
@@ -51,13 +53,37 @@ def test_closed_loops_give_their_coefficients_back():
     assert max(error.mean for error in fit.errors(held_out=True)) < 0.02
 
 
-def test_the_way_of_measuring_is_found_among_candidates():
-    protocol = LoadProtocol(requests_per_client=5, waiting=1)
-    others = [LoadProtocol(requests_per_client=5), LoadProtocol(requests_per_client=20)]
-    candidates = [Conditions(one, budget) for one in (*others, protocol) for budget in (512, 2048)]
-    fit = fit_profile(loop_rows(protocol, declared=False), candidates=candidates, folds=0, bootstrap=0)
+AXES = (
+    tuple({"requests_per_client": count, "waiting": waiting} for count in (4, 12) for waiting in (0, 1)),
+    ({"cached_share": 0.0}, {"cached_share": 0.5}),
+    ({"max_num_batched_tokens": 2048}, {"max_num_batched_tokens": 512}),
+)
+
+
+def test_the_way_of_measuring_is_found_among_the_unknowns():
+    protocol = LoadProtocol(requests_per_client=12, waiting=1, cached_share=0.5)
+    unknowns = Unknowns(Conditions(LoadProtocol(requests_per_client=4), 512), AXES)
+    fit = fit_profile(loop_rows(protocol, declared=False), unknowns=unknowns, folds=0, bootstrap=0)
     assert fit.conditions == Conditions(protocol, 2048)
     assert fit.held_out == {}
+
+
+def test_unusual_conditions_need_more_than_noise():
+    """Noise alone makes one of the alternatives a little better; the usual conditions stay."""
+    table = loop_rows(declared=False)
+    rng = np.random.default_rng(5)
+    noisy = {name: values * np.exp(0.1 * rng.standard_normal(len(table))) for name, values in table.measured.items()}
+    usual = Conditions(PROTOCOL, 2048)
+    unknowns = Unknowns(usual, (({"max_num_batched_tokens": 2048}, {"max_num_batched_tokens": 3072}),))
+    assert fit_profile(replace(table, measured=noisy), unknowns=unknowns, folds=0, bootstrap=0).conditions == usual
+
+
+def test_what_is_known_of_a_measurement_is_not_searched():
+    unknowns = unknown_conditions(max_num_batched_tokens=1024, requests_per_client=7)
+    searched = {name for axis in unknowns.axes for change in axis for name in change}
+    assert unknowns.usual == Conditions(LoadProtocol(requests_per_client=7), 1024)
+    assert searched == {"start", "requests_per_client", "waiting", "cached_share"}
+    assert {change["requests_per_client"] for change in unknowns.axes[0]} == {7}
 
 
 def test_a_few_wrong_rows_do_not_decide_the_fit():
