@@ -244,7 +244,7 @@ class ReferenceRule:
         """Nothing to forget."""
 
     def propose(self, observation: Observation) -> Target:
-        zeros = np.zeros((len(self._fleet), 3))
+        zeros = np.zeros((len(self._fleet), 4))
         return decode_action(zeros, observation, self._fleet, InterfaceSpec().action)
 
 
@@ -310,7 +310,7 @@ def test_the_controller_decides_as_a_training_episode_with_zero_actions() -> Non
     span_s = np.array([[origin_s], [origin_s + episodes.length_s]])
     rows = slice(*episodes.bank.library.rows(np.array([0]), span_s).ravel())
     initial = int(seen[0].replicas_target[0, 0])
-    seen += [episodes.step(np.zeros((1, 3))).observation.snapshot for _ in range(steps)]
+    seen += [episodes.step(np.zeros((1, 4))).observation.snapshot for _ in range(steps)]
     cut = Trace.from_arrays(
         arrival_s=trace.arrival_s[rows] - origin_s,
         prompt_tokens=trace.prompt_tokens[rows],

@@ -69,7 +69,7 @@ def test_what_the_policy_does_not_decide_comes_from_elsewhere(scenario, fleet, o
 
 def test_pools_at_the_reference_share_the_capacity_evenly(scenario, fleet, observation, monkeypatch):
     """A network that puts everything on spot is held at half; its headroom and its cap stay."""
-    monkeypatch.setattr(LearnedPolicy, "outputs", lambda self, features: np.array([[0.9, 0.4, 1.0]]))
+    monkeypatch.setattr(LearnedPolicy, "outputs", lambda self, features: np.array([[0.9, 0.0, 0.4, 1.0]]))
     free = targets("replicas, cap, pools", scenario, fleet, observation)
     held = targets("replicas, cap", scenario, fleet, observation)
     assert free.replicas[0, 1] > 2 * free.replicas[0, 0]

@@ -82,7 +82,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_report(suite, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--suite", "big"), "error: no suite named 'big'; shipped suites: demo, dev, full, gate, smoke"),
+        (("--suite", "big"), "error: no suite named 'big'; shipped suites: demo, dev, full, gate, pools, smoke"),
         (("--suite", "none.yaml"), "error: none.yaml: no such file"),
         (("--policy", "vpa"), "error: unknown policy 'vpa'"),
         (("--policy", ","), "error: no policy named"),

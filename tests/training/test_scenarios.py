@@ -148,7 +148,7 @@ def test_two_scenarios_may_not_share_a_name(tmp_path):
 
 
 def test_an_unknown_suite_lists_those_that_ship():
-    with pytest.raises(ConfigError, match="no suite named 'big'; shipped suites: demo, dev, full, gate, smoke"):
+    with pytest.raises(ConfigError, match="no suite named 'big'; shipped suites: demo, dev, full, gate, pools, smoke"):
         load_suite("big")
 
 

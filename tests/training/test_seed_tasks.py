@@ -66,6 +66,8 @@ def scores(folder: Path) -> list[float]:
     return [point["score"] for point in RunState.load(folder / "seed-0").curve]
 
 
+@pytest.mark.integration
+@pytest.mark.ray
 def test_a_seed_learns_the_same_as_a_ray_task(ray_cluster: None, tmp_path: Path) -> None:
     config = recipe(tmp_path)
     here = train_all(config, tmp_path / "here", False, nothing, nothing)
@@ -78,6 +80,7 @@ def test_a_seed_learns_the_same_as_a_ray_task(ray_cluster: None, tmp_path: Path)
 
 
 @pytest.mark.integration
+@pytest.mark.ray
 def test_a_seed_whose_worker_is_killed_goes_on_from_its_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
     validation = {"every_steps": 50 * ROLLOUT, "episodes": 2, "patience": 1000}
     changes = {"total_steps": 400 * ROLLOUT, "checkpoint_every_steps": 10 * ROLLOUT, "validation": validation}
