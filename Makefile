@@ -54,7 +54,7 @@ test: $(STAMP) ## Run the tests that need no servers; ARGS goes to pytest, for e
 
 # On Debian: apt-get install -y --no-install-recommends prometheus haproxy etcd-server
 # For the Kubernetes API: KUBEBUILDER_ASSETS=FOLDER, as printed by `setup-envtest use -p path`.
-# MARKS=' and not ray and not long' leaves out what runs on Ray or plays minutes in real time, as CI does.
+# MARKS='not ray and not long' leaves out what runs on Ray or plays minutes in real time, as CI does.
 integration: $(STAMP) ## Run the tests against real servers, which they start; skipped where one is missing.
 	$(BIN)/pytest -m 'integration$(if $(MARKS), and $(MARKS))' $(ARGS)
 

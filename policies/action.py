@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, between, known, most, total
+from policies.columns import any_pool, between, known, most
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.spec import ActionSpec
@@ -32,10 +32,9 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     spans = np.array([[spec.headroom_span], [spec.slack_span], [spec.batch_cap_span]])
     headroom, slack, cap_factor = np.power(spans, outputs[:3])
     spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
-    least = spec.headroom_reference * headroom
-    most = least * (1.0 + spec.slack_reference * slack)
-    lowest = allocate(observation.demand_mean, least, spot_share, fleet)
-    highest = allocate(observation.demand_mean, most, spot_share, fleet)
+    fewest = spec.headroom_reference * headroom
+    band = np.array([fewest, fewest * (1.0 + spec.slack_reference * slack)])
+    lowest, highest = allocate_each(observation.demand_mean, band, spot_share, fleet)
     in_force = observation.snapshot.replicas_target
     return Target(
         replicas=between(np.where(np.isnan(in_force), lowest, in_force), lowest, highest).astype(np.int64),
@@ -59,16 +58,23 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     `demand` is what each pool would need to serve everything. `spot_share` (n,) of the work goes to spot pools where
     there are both classes. What a class cannot take within its bounds spills over to the other.
     """
+    replicas: npt.NDArray[np.int64] = allocate_each(demand, headroom[np.newaxis], spot_share, fleet)[0]
+    return replicas
+
+
+def allocate_each(demand: Floats, headrooms: Floats, spot_share: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
+    """`allocate` for several headrooms (k, n) in one pass: replicas (k, n, P)."""
     share = np.where(any_pool(fleet.exists > fleet.is_spot), spot_share * any_pool(fleet.is_spot), 1.0)
     order = _cheapest_first(demand * fleet.usd_per_replica_s, fleet.exists)
-    n = len(demand)
+    k, n = headrooms.shape
     ranks = order * n + np.arange(n)  # places in an array that is stored pool by pool
 
     def ranked(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return values.T.ravel().take(ranks)
+        places: npt.NDArray[Any] = values.T.ravel().take(ranks)
+        return places[:, np.newaxis]
 
-    whole = np.maximum(headroom * ranked(demand), 1e-9)  # replicas (P, n) of each pool for all the work
-    room = ranked(fleet.max_replicas)
+    whole = np.maximum(headrooms * ranked(demand), 1e-9)  # replicas (P, k, n) of each pool for all the work
+    room = ranked(fleet.max_replicas)  # (P, 1, n)
     spot_room = room * ranked(fleet.is_spot)
     on_demand_room = room - spot_room
     # Spot first with its share; on-demand gets the rest with what spot could not take; what is left spills back.
@@ -77,15 +83,16 @@ def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet)
     added += rest
     if (left > 0.0).any():
         added += _fill(whole, room - added, left)[0]
-    by_pool = np.empty(n * fleet.pools)
-    by_pool[ranks] = added
-    replicas = np.maximum(by_pool.reshape(fleet.pools, n).T, fleet.min_replicas).astype(np.int64)
+    by_pool = np.empty((k, n * fleet.pools))
+    by_pool[:, ranks] = added.transpose(1, 0, 2)
+    replicas = np.maximum(by_pool.reshape(k, fleet.pools, n).transpose(0, 2, 1), fleet.min_replicas).astype(np.int64)
     # Work that rounds to nothing still needs someone to do it.
-    idle = total(replicas) == 0
+    idle = ~np.logical_or.reduce([replicas[..., pool] > 0 for pool in range(fleet.pools)])
     if idle.any():
-        rows = np.flatnonzero(idle & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
-        replicas[rows, order[0, rows]] = np.minimum(1, fleet.max_replicas[rows, order[0, rows]])
-    return np.minimum(replicas, fleet.max_replicas)
+        levels, rows = np.nonzero(idle & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
+        replicas[levels, rows, order[0, rows]] = np.minimum(1, fleet.max_replicas[rows, order[0, rows]])
+    settled: npt.NDArray[np.int64] = np.minimum(replicas, fleet.max_replicas)
+    return settled
 
 
 def _cheapest_first(price: Floats, exists: Bools) -> npt.NDArray[np.int64]:
@@ -98,12 +105,12 @@ def _cheapest_first(price: Floats, exists: Bools) -> npt.NDArray[np.int64]:
 
 
 def _fill(whole: Floats, room: Floats, share: Floats) -> tuple[Floats, Floats]:
-    """Give `share` (n,) of the work to pools in their order, up to `room` (P, n) replicas each.
+    """Give `share` (k, n) of the work to pools in their order, up to `room` (P, k, n) replicas each.
 
-    `whole` (P, n) are the replicas that each pool would need for all the work. A pool without room takes nothing.
+    `whole` (P, k, n) are the replicas that each pool would need for all the work. A pool without room takes nothing.
 
     Returns:
-        Replicas (P, n), and the share (n,) that did not fit, at least 0.
+        Replicas (P, k, n), and the share (k, n) that did not fit, at least 0.
     """
     # A sliver of a replica is not worth a whole one, here or elsewhere.
     slivers = SLIVER * (room > 0)
