@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs policy peers fidelity cpu-engine test integration check format train scoreboard robustness \
+.PHONY: help install demo docs peers fidelity cpu-engine test integration check format train scoreboard robustness \
   model-card pictures bench constraints clean
 
 help: ## List the targets.
@@ -70,10 +70,6 @@ format: $(STAMP) ## Format the code and mend what ruff can mend.
 
 train: $(STAMP) ## Train a policy; ARGS goes to `jevons train`.
 	$(BIN)/jevons train $(ARGS)
-
-policy: $(STAMP) ## Train the shipped policy anew, in two parts (half an hour); its bundle goes to runs/policy.
-	$(BIN)/jevons train --config configs/train.yaml --out runs/policy/first
-	$(BIN)/jevons train --config configs/train_large.yaml --out runs/policy/large
 
 docs: demo ## Regenerate the tables of the README from a demo and a benchmark run.
 	@mkdir -p runs

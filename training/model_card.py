@@ -244,11 +244,8 @@ def _again(bundle: PolicyBundle, name: str) -> str:
     known = bundle.manifest.provenance
     version, _, commit = known.get("code_version", "").partition("+")
     at = f" at commit {commit.removesuffix('-dirty')}" if commit else ""
-    start = known.get("config", {}).get("start")
-    first = f"The run began with the network of `{start}`; `make policy` trains both.\n" if start else ""
     return (
-        f"{first}With Jevons {version}{at}; this writes the configuration of the run as the bundle holds it, and "
-        "trains.\n\n"
+        f"With Jevons {version}{at}; this writes the configuration of the run as the bundle holds it, and trains.\n\n"
         "```sh\n"
         f"python -m training.model_card --recipe --bundle {name} > recipe.yaml && "
         f"jevons train --config recipe.yaml --seed {known.get('seed', 0)} --out runs/again\n"

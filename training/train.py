@@ -112,9 +112,7 @@ class FromScratch:
         return RunState()
 
     def first_model(self, model: PPO) -> PPO:
-        """Untrained, it is the rule; or the network of an earlier run, critic included."""
-        if self.config.start is not None:
-            model.policy.load_state_dict(PPO.load(self.config.start, device="cpu").policy.state_dict())
+        """Untrained, it is the rule."""
         return model
 
     def monitor(self, folder: Path, state: RunState, log: Log, on_progress: Callable[[int], None]) -> TrainingMonitor:

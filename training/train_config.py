@@ -74,9 +74,6 @@ class TrainConfig(StrictModel):
     objective: ObjectiveSpec = Field(default=ObjectiveSpec(), description="What counts as cost.")
     ppo: PpoSpec = Field(default=PpoSpec(), description="The learner.")
     validation: ValidationSpec = Field(default=ValidationSpec(), description="Progress and early stopping.")
-    start: Path | None = Field(
-        default=None, description="Network to begin with, `best.zip` of an earlier run, instead of a rule."
-    )
     warm_start: WarmStartSpec | None = Field(default=WarmStartSpec(), description="Start from a guarded rule.")
     fine_tune: FineTuneSpec | None = Field(default=None, description="Start from a policy, on a service's own traffic.")
 
