@@ -22,6 +22,7 @@ from envs.kernel_cache import warm_up
 from envs.randomization import Randomization, ScenarioBank, draw_bank
 from envs.traces import Trace
 from envs.vector_env import AutoscalingVecEnv
+from policies.action import ACTIONS
 from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Policy
 from policies.decider import Decider
@@ -142,7 +143,7 @@ def vector_env(bank: ScenarioBank) -> tuple[float, float, float]:
     """Kernel and other microseconds of CPU per environment step, and requests per step, at 512 environments."""
     env = AutoscalingVecEnv(bank, ENVS)
     env.reset()
-    actions = np.zeros((ENVS, 3), np.float32)
+    actions = np.zeros((ENVS, len(ACTIONS)), np.float32)
     kernel = cluster_module.fleet_step
     names = ("run_windows", "apply_all", "reset_rows")
     originals = {name: getattr(kernel, name) for name in names}

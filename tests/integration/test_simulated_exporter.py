@@ -212,6 +212,7 @@ def column(decisions: list[Decision], read: Callable[[Decision], Any]) -> np.nda
     return np.array([float(np.ravel(read(decision))[0]) for decision in decisions])
 
 
+@pytest.mark.long
 def test_decisions_through_prometheus_are_those_in_process_within_the_metrics_delay(
     prometheus: Prometheus, tmp_path: Path
 ) -> None:
