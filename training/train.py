@@ -332,7 +332,7 @@ def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: R
             "equality_with_predict": difference,
             "equality_probes": EQUALITY_PROBES,
             "trace_digests": [trace.digest() for trace in bank.traces],
-            "config": json.loads(config.model_dump_json()),
+            "config": json.loads(config.model_dump_json(exclude={"tracking_uri"})),  # where it was kept says nothing
         },
     )
     path = folder / BUNDLE_FILE
