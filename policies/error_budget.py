@@ -8,12 +8,12 @@ This module must not know what the dial means to the policy that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from policies.contract import Bools, Floats, Snapshot
+from policies.durable import Durable, State
 from policies.fleet import Fleet
 
 AIM = 0.5
@@ -42,7 +42,7 @@ def judged(snapshot: Snapshot, fleet: Fleet) -> Verdicts:
     return Verdicts(count, count * (1.0 - np.nan_to_num(attained, nan=1.0)), known)
 
 
-class BudgetDial:
+class BudgetDial(Durable):
     """A dial per service between two ends, as far up as the error budget is spent.
 
     Nothing missed is the low end, the whole allowance the high one. So it settles where the policy misses about as much
@@ -82,22 +82,10 @@ class BudgetDial:
         self._prior_s[rows] = self.PRIOR_S
         self.dial[rows] = self._wanted()[rows]
 
-    def state(self) -> dict[str, Floats]:
-        """The dial and what is remembered, (n,) each."""
-        return {
-            "dial": self.dial,
-            "missed": self._missed,
-            "counted": self._counted,
-            "seconds": self._seconds,
-            "prior_s": self._prior_s,
-        }
-
-    def restore(self, state: Mapping[str, Floats]) -> None:
-        """Go on from what `state` returned."""
-        self.dial = np.clip(state["dial"], self.low, self.high)
-        self._missed, self._counted, self._seconds, self._prior_s = (
-            np.array(state[name], np.float64) for name in ("missed", "counted", "seconds", "prior_s")
-        )
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned, between these ends."""
+        super().restore(state)
+        self.dial = np.clip(self.dial, self.low, self.high)
 
     @property
     def spent(self) -> Floats:
@@ -127,7 +115,7 @@ class BudgetDial:
         return wanted
 
 
-class ErrorBudget:
+class ErrorBudget(Durable):
     """An integrator per service on the burn rate: misses over allowed misses.
 
     Where misses come in bursts, as they do, the mean burn rate settles at `AIM`: a burst of misses raises the dial by
@@ -171,23 +159,10 @@ class ErrorBudget:
         for array in (self.dial, self._missed, self._missed_s, self._counted, self._counted_s):
             array[rows] = 0.0
 
-    def state(self) -> dict[str, Floats]:
-        """The dial and its memory, (n,) each."""
-        return {
-            "dial": self.dial,
-            "missed": self._missed,
-            "missed_s": self._missed_s,
-            "counted": self._counted,
-            "counted_s": self._counted_s,
-        }
-
-    def restore(self, state: Mapping[str, Floats]) -> None:
-        """Go on from what `state` returned."""
-        self.dial = np.clip(state["dial"], self.low, self.high)
-        self._missed = np.array(state["missed"], np.float64)
-        self._missed_s = np.array(state["missed_s"], np.float64)
-        self._counted = np.array(state["counted"], np.float64)
-        self._counted_s = np.array(state["counted_s"], np.float64)
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned, between these ends."""
+        super().restore(state)
+        self.dial = np.clip(self.dial, self.low, self.high)
 
     def update(self, snapshot: Snapshot, patient: Bools | None = None, stuck: Bools | None = None) -> Floats:
         """Account for one window; the dial (n,). Windows without a measurement change nothing.

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from policies.action import ACTIONS, decode_action
 from policies.contract import Bools, Features, Floats, Observation, Target
+from policies.durable import Durable
 from policies.engine import StrictModel
 from policies.error_budget import BudgetDial
 from policies.fleet import Fleet
@@ -153,7 +153,7 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
     return hashlib.sha256(canonical + b"\0" + weights).hexdigest()
 
 
-class LearnedPolicy:
+class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
     The dial of the network, the price of a miss, stands as far up its trained range as the error budget is spent.
@@ -197,14 +197,6 @@ class LearnedPolicy:
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""
         self._dial.reset(services)
-
-    def state(self) -> dict[str, Floats]:
-        """The error budgets, (n,) each."""
-        return self._dial.state()
-
-    def restore(self, state: Mapping[str, Floats]) -> None:
-        """Go on from what `state` returned."""
-        self._dial.restore(state)
 
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 4) in -1..1 for features (n, F)."""
