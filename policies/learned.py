@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from policies.action import ACTIONS, decode_action
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
-from policies.error_budget import BudgetDial
+from policies.error_budget import ErrorBudget
 from policies.fleet import Fleet
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
@@ -31,6 +32,10 @@ from policies.spec import InterfaceSpec
 FORMAT = 1
 MAX_BYTES = 64 * 1024 * 1024
 MEMBERS = ("manifest.json", "policy.onnx")
+AIM = 0.9
+"""Share of the error budget that may be spent."""
+RISE = 2.0
+"""Log of the price of a miss, by which missing an hour's budget at once raises it."""
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -156,7 +161,8 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, stands as far up its trained range as the error budget is spent.
+    The dial of the network, the price of a miss, starts in the middle of its trained range and follows the error budget:
+    an allowance of misses spent for an hour raises it as much as an hour without a miss lowers it.
 
     Args:
         bundle: verified weights and manifest.
@@ -191,12 +197,12 @@ class LearnedPolicy(Durable):
             raise BundleMismatch(f"{bundle.source}: the network cannot be run: {reason}") from None
         self._fleet = fleet
         self._interface = interface
-        middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
-        self._dial = BudgetDial(fleet, low=middle - span, high=middle + span)
+        span = bundle.manifest.log_miss_price_span
+        self._budget = ErrorBudget(fleet, -span, span, memory_s=0.0, rise=RISE, most=math.inf, aim=AIM)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""
-        self._dial.reset(services)
+        self._budget.reset(services)
 
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 4) in -1..1 for features (n, F)."""
@@ -219,7 +225,7 @@ class LearnedPolicy(Durable):
 
     def propose(self, observation: Observation) -> Target:
         """The network's wish with the dial where the error budget has put it."""
-        dial = self._dial.update(observation.snapshot)
+        log_miss_price = self.bundle.manifest.log_miss_price + self._budget.update(observation.snapshot)
         features = observation.features.copy()
-        features[:, MISS_PRICE_COLUMN] = encode_miss_price(dial)
+        features[:, MISS_PRICE_COLUMN] = encode_miss_price(log_miss_price)
         return decode_action(self.outputs(features), observation, self._fleet, self._interface.action)

@@ -199,6 +199,7 @@ def played(
     fixed_fleet: PlayedFleet,
     haproxy: HAProxy,
     controller: Controller | None,
+    given_back_within_s: float = 180.0,
 ) -> Course:
     """Send the burst to both fleets; wait until the scaled one is given back.
 
@@ -224,7 +225,7 @@ def played(
         wait_until(
             lambda: read_ticks(database, last=1)[0].snapshot.replicas_target[0, 0] <= 2,
             "the fleet is given back",
-            limit_s=180.0,
+            limit_s=given_back_within_s,
             pause_s=0.5,
         )
         if controller:
@@ -360,7 +361,7 @@ def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static
     path.write_text(yaml.safe_dump(live.model_dump(mode="json", exclude_none=True)))
     controller = Controller(tmp_path, path, host)
     try:
-        course = played(Burst(75.0, 60.0, 60.0, 180.0), live, fleet, fixed, fixed_fleet, haproxy, controller)
+        course = played(Burst(75.0, 60.0, 60.0, 180.0), live, fleet, fixed, fixed_fleet, haproxy, controller, 900.0)
     finally:
         controller.stop()
     assert_worth_it(course, attainment=0.95)

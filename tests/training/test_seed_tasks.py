@@ -46,6 +46,7 @@ def ray_cluster() -> Iterator[None]:
         "RAY_raylet_start_wait_time_s": "180",  # a busy machine
     }.items():
         patch.setenv(name, value)
+    ray.shutdown()  # whatever an earlier test has left
     ray.init(
         num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", configure_logging=False
     )
