@@ -21,11 +21,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # whatever kept it from being written may keep it from being deleted
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what kept it from being written may keep it from being deleted
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

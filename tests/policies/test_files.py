@@ -35,5 +35,5 @@ def test_whoever_fails_half_way_leaves_the_old_file(tmp_path: Path, error: Excep
 
 def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="page.md: cannot be written: Not a directory$"):
+    with pytest.raises(OSError, match=r"page\.md: cannot be written: Not a directory$"):
         write_text(tmp_path / "file" / "page.md", "text")
