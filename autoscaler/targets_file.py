@@ -6,12 +6,12 @@ This module must not know how the file is read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.controller import not_acted
 from policies.contract import Decision
+from policies.files import write_whole
 
 
 class TargetsFile:
@@ -44,11 +44,12 @@ class TargetsFile:
                     }
                     for column, pool in enumerate(self._pools[row])
                 }
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._targets), encoding="utf-8")
-            partial.replace(self.path)  # it appears whole or not at all
+            write_whole(self.path, self._write)
             self.problem = ""
         except OSError as error:
-            self.problem = f"{self.path}: cannot be written: {error.strerror or error}"
+            self.problem = str(error)
+
+    def _write(self, partial: Path) -> None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(self._targets), encoding="utf-8")

@@ -25,6 +25,7 @@ from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
 from policies.error_budget import ErrorBudget
+from policies.files import write_whole
 from policies.fleet import Fleet
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
@@ -83,14 +84,16 @@ class PolicyBundle:
 
 
 def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
-    """Write a bundle; its digest, hexadecimal. The file appears whole or not at all."""
+    """Write a bundle; its digest, hexadecimal. The file appears whole or not at all.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
     data = manifest.model_dump(mode="json")
     digest = _digest(data, weights)
     text = json.dumps({**data, "digest": digest}, indent=1, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(_pack(text.encode(), weights))
-    part.replace(path)
+    write_whole(path, lambda partial: partial.write_bytes(_pack(text.encode(), weights)))
     return digest
 
 
@@ -161,8 +164,8 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, starts in the middle of its trained range and follows the error budget:
-    an allowance of misses spent for an hour raises it as much as an hour without a miss lowers it.
+    The dial of the network, the price of a miss, starts in the middle of its trained range and follows the error
+    budget: missing as many as an hour allows raises it about as much as an hour without a miss lowers it.
 
     Args:
         bundle: verified weights and manifest.

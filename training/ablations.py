@@ -30,7 +30,7 @@ class PoolsAtReference(LearnedPolicy):
     """The learned policy with the output that chooses between pools held at 0, the reference."""
 
     def outputs(self, features: Features) -> Floats:
-        """The network's outputs (n, 3) in -1..1."""
+        """The network's outputs (n, 4) in -1..1."""
         actions = super().outputs(features)
         actions[:, POOLS_OUTPUT] = 0.0
         return actions

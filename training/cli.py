@@ -13,6 +13,7 @@ import typer
 
 from autoscaler import edge_cli, run_cli
 from envs import trace_cli
+from policies.files import write_whole
 from training import profile_cli, record_cli, robustness_cli, sweep_cli, train_cli, what_if_cli
 from training.console import (
     check_writable,
@@ -22,7 +23,6 @@ from training.console import (
     show_evaluation,
     show_tunings,
     write_json,
-    write_whole,
 )
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
+
+from policies.files import write_text
+from policies.files import write_whole as write_whole
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation, Progress
@@ -56,22 +58,6 @@ def end_on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it: it appears whole or not at all.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, whole or not at all, and say so.
 
@@ -79,7 +65,7 @@ def write_json(path: Path, data: Any) -> None:
         OSError: when it cannot be written.
     """
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     say(f"wrote {path}")
 
 

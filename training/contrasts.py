@@ -209,17 +209,6 @@ def two_level_bootstrap(groups: Sequence[Floats]) -> Interval:
     return float(np.mean([values.mean() for values in groups])), float(low), float(high)
 
 
-def shown(interval: Sequence[float], form: str) -> str:
-    """A mean with its interval; alone where there was nothing to draw from.
-
-    >>> shown((1.234, 1.1, 1.4), ".2f"), shown((1.0, 1.0, 1.0), ".2f"), shown((-0.001, -0.4, 0.3), "+.1f")
-    ('1.23 (1.10 to 1.40)', '1.00', '+0.0 (-0.4 to +0.3)')
-    """
-    digits = int(form[-2])
-    mean, low, high = (format(round(value, digits) + 0.0, form) for value in interval)  # + 0.0: no -0
-    return mean if low == mean == high else f"{mean} ({low} to {high})"
-
-
 def _exp(interval: Interval) -> Interval:
     mean, low, high = np.exp(interval)
     return float(mean), float(low), float(high)

@@ -92,6 +92,18 @@ def probe_observations(count: int, seed: int = 0, low: Any = -4.0, high: Any = 4
     return rng.uniform(low, high, (count, len(FEATURES))).astype(np.float32)
 
 
+def finished(folder: Path, *names: str) -> list[Path]:
+    """Files that a training run leaves in its folder when it is finished.
+
+    Raises:
+        FileNotFoundError: when one of them is not there.
+    """
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no finished training run here: {name} is missing")
+    return [folder / name for name in names]
+
+
 def export(checkpoint: Path, out: Path) -> tuple[str, float]:
     """Re-export a finished training run's folder (`training.train` wrote it) to a bundle.
 
@@ -108,11 +120,9 @@ def export(checkpoint: Path, out: Path) -> tuple[str, float]:
     from policies.learned import load_bundle, write_bundle
     from training.registry import BUNDLE_FILE
 
-    for name in ("best.zip", BUNDLE_FILE):
-        if not (checkpoint / name).is_file():
-            raise FileNotFoundError(f"{checkpoint}: no finished training run here: {name} is missing")
-    manifest = load_bundle(checkpoint / BUNDLE_FILE).manifest
-    model = PPO.load(checkpoint / "best.zip", device="cpu")
+    network, bundle = finished(checkpoint, "best.zip", BUNDLE_FILE)
+    manifest = load_bundle(bundle).manifest
+    model = PPO.load(network, device="cpu")
     weights = to_onnx(model)
     difference = check_equal(model, weights, probe_observations(10_000))
     return write_bundle(out, manifest, weights), difference

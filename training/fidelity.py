@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from policies.contract import Floats
 from policies.engine import ConfigError, load_engine
+from policies.files import write_text
 from policies.spec import shipped_configs
-from training.console import write_whole
 from training.fidelity_page import page
 from training.measurements import SET_COLUMNS, Limits, LoopLatencyTable, read_measurements
 from training.profile_fit import ErrorRow, Fit, coefficients_of, fit_profile, relative_errors, unknown_conditions
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = render(options.reference, options.unseen, options.bench, options.live, notes_of(options.out))
     except (ConfigError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    write_whole(options.out, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(options.out, text)
     say(f"wrote {options.out}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.profile_fit import BUDGETS, CACHED_SHARES, KV_SHARES, ErrorRow
+from training.tables import table
 
 if TYPE_CHECKING:
     from training.fidelity import SetResult
@@ -74,7 +75,7 @@ holds ({cached}), and for sets with saturated rows the share of the estimated KV
 list is the most usual and stays, unless another lowers the cost of the fitted rows by more than the standard error of
 its gain over the rows. That is information about the load generator and the engine's flags; who measures with
 `jevons profile measure` has it.
-"""
+## Measured sets"""
 
 
 def page(
@@ -95,46 +96,44 @@ def page(
             cached=", ".join(f"{share:.0%}" for share in CACHED_SHARES),
             kv=", ".join(f"{share:g}" for share in KV_SHARES),
         ),
-        "## Measured sets\n",
-        _table(SET_HEADINGS, [_set_cells(result) for result in sets]),
-        *(f"\n{label}: {rows} row, too few to fit.\n" for label, rows in thin),
-        "\n## Against the bars\n",
-        _table(("over all sets, held out", "error", "rows", "bar", ""), _bar_cells(sets)),
-        *([_fresh(fresh)] if fresh else []),
-        "\n## What was fitted, under which conditions\n",
-        _table(
+        table(SET_HEADINGS, [_set_cells(result) for result in sets]),
+        *(f"{label}: {rows} row, too few to fit." for label, rows in thin),
+        "## Against the bars",
+        table(("over all sets, held out", "error", "rows", "bar", ""), _bar_cells(sets)),
+        *(_fresh(fresh) if fresh else []),
+        "## What was fitted, under which conditions",
+        table(
             ("set", "a ms", "b us/token", "c us/seq", "d us/1k KV", "e ns/token²", "conditions"),
             [_coefficient_cells(result) for result in sets],
         ),
-        f"\n## The {WORST_LISTED} worst rows, held out\n",
-        _table(("set", "prompt + output", "clients", "quantity", "measured ms", "predicted ms", "error"), _worst(sets)),
-        "\n## TTFT by number of clients\n\nMean error, held out, unsaturated rows; in brackets the rows.\n",
-        _table(("set", *(label for label, _, _ in CLIENT_BINS)), [_client_cells(result) for result in sets]),
-        "\n" + notes.strip() + "\n",
-        "\n## Shipped profiles against measured rows\n\nThe shipped profiles were fitted on aiconfigurator's estimates,"
-        " on no measured row.\nHere they predict the measured sets, whose engine, version or flags may differ:\n",
-        _table(
+        f"## The {WORST_LISTED} worst rows, held out",
+        table(("set", "prompt + output", "clients", "quantity", "measured ms", "predicted ms", "error"), _worst(sets)),
+        "## TTFT by number of clients",
+        "Mean error, held out, unsaturated rows; in brackets the rows.",
+        table(("set", *(label for label, _, _ in CLIENT_BINS)), [_client_cells(result) for result in sets]),
+        notes.strip(),
+        "## Shipped profiles against measured rows",
+        "The shipped profiles were fitted on aiconfigurator's estimates, on no measured row.\n"
+        "Here they predict the measured sets, whose engine, version or flags may differ:",
+        table(
             ("profile", "measured set", "TPOT median / mean", "TTFT median / mean"),
             [[name, label, _two(tpot), _two(ttft)] for name, label, tpot, ttft in shipped],
         ),
-        "\n## Estimated step times\n\nOne iteration's time by prefill tokens, batch and context, estimated by\n"
-        f"aiconfigurator for {len(steps)} pairs of model and engine, and how well the five coefficients follow.\n",
+        "## Estimated step times",
+        "One iteration's time by prefill tokens, batch and context, estimated by\n"
+        f"aiconfigurator for {len(steps)} pairs of model and engine, and how well the five coefficients follow.",
         _step_table(steps),
-        *([_live(live)] if live else []),
-        "\n## Beside published simulators\n",
-        _table(("simulator", "error", "TTFT", "what the figure covers"), [_ours(sets), *map(list, PUBLISHED)]),
-        "\nThe figures are not of the same experiment: they cover other rows, quantities and engines, and are cited"
-        "\nfrom their authors.\n\n## Speed\n",
-        _table(("simulator", "simulates", "CPU ms per request"), _speeds(bench)),
-        "\nOurs: one core, `make bench`, Poisson arrivals on 8 replicas of an 8B model; theirs: single runs of "
-        "other traffic.\nThe figures say by what order of magnitude they differ, no more.\n",
+        *(_live(live) if live else []),
+        "## Beside published simulators",
+        table(("simulator", "error", "TTFT", "what the figure covers"), [_ours(sets), *map(list, PUBLISHED)]),
+        "The figures are not of the same experiment: they cover other rows, quantities and engines, and are cited\n"
+        "from their authors.",
+        "## Speed",
+        table(("simulator", "simulates", "CPU ms per request"), _speeds(bench)),
+        "Ours: one core, `make bench`, Poisson arrivals on 8 replicas of an 8B model; theirs: single runs of "
+        "other traffic.\nThe figures say by what order of magnitude they differ, no more.",
     ]
-    return "".join(part if part.endswith("\n") else part + "\n" for part in parts)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join(["", *lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+    return "\n\n".join(parts) + "\n"
 
 
 def _two(error: ErrorRow) -> str:
@@ -183,16 +182,17 @@ def _bar_cells(sets: Sequence[SetResult]) -> list[Cells]:
     return cells
 
 
-def _fresh(sets: Sequence[SetResult]) -> str:
+def _fresh(sets: Sequence[SetResult]) -> list[str]:
     """The sets that had no part in any choice."""
-    return (
-        "\n## Sets that nobody had looked at\n\nThe model form, the lists of unknown conditions and the rule that "
-        "chooses were settled on the sets above.\nThese sets, from the same collection, were chosen by model, GPU and "
-        "engine alone and opened after that:\nthe clean test.\n"
-        + _table(SET_HEADINGS, [_set_cells(result) for result in sets])
-        + _table(("over these sets, held out", "error", "rows", "bar", ""), _bar_cells(sets))
-        + _table(("set", "conditions chosen on all rows"), [[one.label, str(one.fit.conditions)] for one in sets])
-    )
+    return [
+        "## Sets that nobody had looked at",
+        "The model form, the lists of unknown conditions and the rule that chooses were settled on the sets above.\n"
+        "These sets, from the same collection, were chosen by model, GPU and engine alone and opened after that:\n"
+        "the clean test.",
+        table(SET_HEADINGS, [_set_cells(result) for result in sets]),
+        table(("over these sets, held out", "error", "rows", "bar", ""), _bar_cells(sets)),
+        table(("set", "conditions chosen on all rows"), [[one.label, str(one.fit.conditions)] for one in sets]),
+    ]
 
 
 def _coefficient_cells(result: SetResult) -> Cells:
@@ -215,12 +215,12 @@ def _client_cells(result: SetResult) -> Cells:
 def _worst(sets: Sequence[SetResult]) -> list[Cells]:
     found = []
     for result in sets:
-        table = result.table
+        points = result.table
         for quantity, label in (("tpot", "TPOT"), ("ttft", "TTFT")):
             errors = result.held_out(quantity)
             for row in np.argsort(errors)[-WORST_LISTED:]:
                 prompt, output, clients = (
-                    int(values[row]) for values in (table.prompt_tokens, table.output_tokens, table.concurrency)
+                    int(values[row]) for values in (points.prompt_tokens, points.output_tokens, points.concurrency)
                 )
                 mark = ", saturated" if result.saturated[row] else ""
                 found.append(
@@ -231,7 +231,7 @@ def _worst(sets: Sequence[SetResult]) -> list[Cells]:
                             f"{prompt:,} + {output:,}",
                             f"{clients}{mark}",
                             label,
-                            f"{table.measured[quantity][row] * 1e3:,.1f}",
+                            f"{points.measured[quantity][row] * 1e3:,.1f}",
                             f"{result.fit.held_out[quantity][row] * 1e3:,.1f}",
                             f"{errors[row]:.0%}",
                         ],
@@ -249,10 +249,10 @@ def _step_table(steps: Sequence[tuple[str, ErrorRow, ErrorRow]]) -> str:
         [f"best: {steps[best][0]}", f"{seen[best]:.1%}", f"{held[best]:.1%}"],
         [f"worst: {steps[worst][0]}", f"{seen[worst]:.1%}", f"{held[worst]:.1%}"],
     ]
-    return _table(("sets", "in sample, mean", "held out, mean"), rows)
+    return table(("sets", "in sample, mean", "held out, mean"), rows)
 
 
-def _live(files: Sequence[Path]) -> str:
+def _live(files: Sequence[Path]) -> list[str]:
     rows, summaries = [], []
     for file in files:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -272,13 +272,12 @@ def _live(files: Sequence[Path]) -> str:
                         "-" if spread is None else f"{spread:.1%}",
                     ]
                 )
-    return (
-        "\n## A real engine, replayed\n\nA slice of traffic that the fit never saw, on a live engine and through the "
-        "cluster model.\n\n"
-        + "\n".join(summaries)
-        + "\n"
-        + _table(("profile", "batch cap", "quantity", "live", "simulated", "error", "live repeats differ by"), rows)
-    )
+    return [
+        "## A real engine, replayed",
+        "A slice of traffic that the fit never saw, on a live engine and through the cluster model.",
+        "\n".join(summaries),
+        table(("profile", "batch cap", "quantity", "live", "simulated", "error", "live repeats differ by"), rows),
+    ]
 
 
 def _extremes(rows: Sequence[dict[str, Any]], quantity: str, label: str) -> str:

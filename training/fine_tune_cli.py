@@ -81,12 +81,12 @@ def find_bundle(source: str, name: str, tracking_uri: str | None) -> Path:
         return SHIPPED_BUNDLE
     path = Path(source)
     if path.is_dir():
+        from training.export import finished
         from training.monitor import RunState
 
         seeds = [folder for folder in (path, *sorted(path.glob("seed-*"))) if (folder / BUNDLE_FILE).is_file()]
-        if not seeds:
-            raise FileNotFoundError(f"{path}: no finished training run here: {BUNDLE_FILE} is missing")
-        return min(seeds, key=lambda folder: RunState.load(folder).best_score) / BUNDLE_FILE
+        best = min(seeds, key=lambda folder: RunState.load(folder).best_score, default=path)
+        return finished(best, BUNDLE_FILE)[0]
     if path.suffix == ".zip":
         return path
     raise ConfigError(

@@ -14,11 +14,13 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
+from policies.files import write_text
 from policies.learned import PolicyBundle, load_bundle
 from policies.lineup import SHIPPED_BUNDLE, is_peer, is_rule
 from training.cells import label
-from training.console import one_sentence_errors, write_whole
+from training.console import one_sentence_errors
 from training.standings import WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
+from training.tables import shown_ratio, table
 from training.train_config import TrainConfig
 
 Row = dict[str, Any]
@@ -85,12 +87,12 @@ def _identity(bundle: PolicyBundle) -> str:
         **{f"validation: {key}": value for key, value in known.get("validation", {}).items()},
         "bytes of weights": len(bundle.weights),
     }
-    return _table(("", ""), ((key.replace("_", " "), _plain(value)) for key, value in figures.items()))
+    return table(("", ""), ((key.replace("_", " "), _plain(value)) for key, value in figures.items()))
 
 
 def _config(config: Row) -> str:
     rows = ((f"`{path}`", _plain(value), meaning(path)) for path, value in flat(config))
-    return _table(("field", "value", "meaning"), rows)
+    return table(("field", "value", "meaning"), rows)
 
 
 def meaning(path: str) -> str:
@@ -142,7 +144,7 @@ def _interface(bundle: PolicyBundle) -> str:
         f"What the outputs mean: {_words(f'{key} {value}' for key, value in action.model_dump().items())}."
     )
     rows = zip(manifest.features, manifest.feature_low, manifest.feature_high, strict=True)
-    ranges = _table(
+    ranges = table(
         ("feature", "lowest in training", "highest"), ((f"`{a}`", f"{b:.3g}", f"{c:.3g}") for a, b, c in rows)
     )
     return f"{told}\n\nThe live controller leaves the policy where a feature is far outside its range.\n\n{ranges}"
@@ -151,7 +153,7 @@ def _interface(bundle: PolicyBundle) -> str:
 def _results(found: Row) -> Iterator[str]:
     """Suite by suite: each scenario beside the best peer and rule, and how many scenarios each policy held."""
     yield f"### Suite `{found['suite']}`"
-    yield _table(
+    yield table(
         (
             "scenario",
             "SLO met",
@@ -178,14 +180,14 @@ def _results(found: Row) -> Iterator[str]:
             (
                 label(item.policy, item.tuned),
                 f"{item.held}/{item.scenarios}",
-                _ratio(item.cost_vs_plan),
-                _ratio(item.cost_vs_best_peer),
+                shown_ratio(item.cost_vs_plan),
+                shown_ratio(item.cost_vs_best_peer),
             )
             for item in best.values()
         ]
         if rows:
             yield f"Every policy with its best settings that need no hindsight, {source} traffic:"
-            yield _table(("policy", "held", "cost over the plan", "over the best peer"), rows)
+            yield table(("policy", "held", "cost over the plan", "over the best peer"), rows)
     if found["skipped"]:
         yield f"Not run: {_words(item['name'] for item in found['skipped'])}."
 
@@ -257,10 +259,6 @@ def _of(found: Row, scenario: Row) -> list[Row]:
     return [row for row in found["by_scenario"] if row["scenario"] == scenario["name"]]
 
 
-def _ratio(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.2f} ({interval[1]:.2f} to {interval[2]:.2f})"
-
-
 def _versions(evaluations: Sequence[Row]) -> str:
     versions = evaluations[0]["versions"] if evaluations else {}
     return ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -276,11 +274,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value) or "none"
     return "none" if value is None or value == {} else str(value)
-
-
-def _table(headings: Sequence[str], rows: Any) -> str:
-    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 @one_sentence_errors
@@ -303,7 +296,7 @@ def main(
     root, path = Path(__file__).resolve().parent.parent, bundle.resolve()
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else bundle.name
     text = card(loaded, name, found, [file for file in PICTURES if (out.parent / file).is_file()])
-    write_whole(out, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(out, text)
 
 
 if __name__ == "__main__":

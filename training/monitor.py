@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from envs.episodes import Episodes
 from envs.vector_env import AutoscalingVecEnv
 from policies.contract import Floats
+from policies.files import PARTIAL, write_text, write_whole
 from training.train_config import TrainConfig
 
 STATE_FILE = "state.json"
@@ -49,9 +50,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write the state; whole or not at all."""
-        part = folder / f"{STATE_FILE}.part"
-        part.write_text(json.dumps(asdict(self)))
-        part.replace(folder / STATE_FILE)
+        write_text(folder / STATE_FILE, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
@@ -73,16 +72,14 @@ class RunState:
     def finish(self, folder: Path) -> None:
         """Keep the best network as `best.zip`, mark the run as finished, and drop what is no longer needed."""
         if self.best != "best.zip":
-            part = folder / "best.zip.part"
-            shutil.copyfile(folder / self.best, part)
-            part.replace(folder / "best.zip")
+            write_whole(folder / "best.zip", lambda partial: shutil.copyfile(folder / self.best, partial))
         self.best, self.finished = "best.zip", True
         self.save(folder)
         self.drop_unused(folder)
 
     def drop_unused(self, folder: Path) -> None:
-        """Delete the networks that this state does not name."""
-        for pattern in ("checkpoint-*.zip", "best-*.zip"):
+        """Delete the networks that this state does not name, and what a killed run left half written."""
+        for pattern in ("checkpoint-*.zip", "best-*.zip", PARTIAL):
             for path in folder.glob(pattern):
                 if path.name not in {self.checkpoint, self.best}:
                     path.unlink()
@@ -249,9 +246,7 @@ class TrainingMonitor(BaseCallback):
 
     def _save_network(self, kind: str) -> str:
         name = f"{kind}-{self.model.num_timesteps}.zip"
-        part = self.folder / f"{kind}.part.zip"
-        self.model.save(part)
-        part.replace(self.folder / name)
+        write_whole(self.folder / name, self.model.save)
         return name
 
     def _remember_range(self, observations: np.ndarray) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 from policies.baselines.parameters import Parameter, TunablePolicy
+from policies.files import write_text
 from policies.lineup import BASELINES
 from training.readme import replace_block
+from training.tables import table
 
 
 def page() -> str:
@@ -22,7 +24,7 @@ def page() -> str:
         if module.__name__ not in described:
             described.add(module.__name__)
             lines += _section(module)
-        lines += ["", f"**`{name}`**: {_about(policy)}", "", *_table(policy.PARAMETERS)]
+        lines += ["", f"**`{name}`**: {_about(policy)}", "", _table(policy.PARAMETERS)]
     return "\n".join(lines).strip()
 
 
@@ -41,18 +43,18 @@ def _markdown(text: str) -> str:
     return text.replace("``", "`").replace("|", "\\|")
 
 
-def _table(parameters: tuple[Parameter, ...]) -> list[str]:
-    lines = ["| parameter | default | searched | meaning |", "|---|---|---|---|"]
+def _table(parameters: tuple[Parameter, ...]) -> str:
+    rows = []
     for item in parameters:
         if item.choices:
             searched = ", ".join(item.choices)
         else:
             searched = f"{item.low:g} to {item.high:g}{', log' if item.log else ''}"
         default = item.default if isinstance(item.default, str) else f"{item.default:g}"
-        lines.append(f"| `{item.name}` | {default} | {searched} | {item.meaning} |")
-    return lines
+        rows.append((f"`{item.name}`", default, searched, item.meaning))
+    return table(("parameter", "default", "searched", "meaning"), rows)
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    target.write_text(replace_block(target.read_text(encoding="utf-8"), "peers", page()), encoding="utf-8")
+    write_text(target, replace_block(target.read_text(encoding="utf-8"), "peers", page()))

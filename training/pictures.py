@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from training.console import one_sentence_errors, progress_bar, say, write_whole
+from policies.files import write_whole
+from training.console import one_sentence_errors, progress_bar, say
 from training.report import rolling_mean
 
 if TYPE_CHECKING:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from policies.files import write_text
+from training.tables import table
+
 BENCH_ROWS = {
     "simulator_requests_per_s_200000": ("Simulated requests per CPU-second, 8 replicas", "{:,.0f}"),
     "simulator_requests_per_s_64_replicas": ("Simulated requests per CPU-second, 64 replicas", "{:,.0f}"),
@@ -23,30 +26,31 @@ BENCH_ROWS = {
 
 def demo_table(summary: dict[str, Any]) -> str:
     """Markdown table of a demo's averages over seeds."""
-    lines = [
-        "| policy | SLO met | $ / M tokens | $ / M good tokens | replica-hours | scale events per hour |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in summary["by_scenario"]:
-        mark = "" if row["holds_slo"] else " (misses)"
-        lines.append(
-            f"| {row['policy']} | {row['attainment']:.2%}{mark} | {row['usd_per_mtok']:.4f} "
-            f"| {row['usd_per_good_mtok']:.4f} | {row['replica_hours']:.0f} | {row['scale_events_per_hour']:.1f} |"
+    headings = ("policy", "SLO met", "$ / M tokens", "$ / M good tokens", "replica-hours", "scale events per hour")
+    rows = [
+        (
+            row["policy"],
+            f"{row['attainment']:.2%}{'' if row['holds_slo'] else ' (misses)'}",
+            f"{row['usd_per_mtok']:.4f}",
+            f"{row['usd_per_good_mtok']:.4f}",
+            f"{row['replica_hours']:.0f}",
+            f"{row['scale_events_per_hour']:.1f}",
         )
+        for row in summary["by_scenario"]
+    ]
     scenario = summary["scenarios"][0]
     slo = scenario["slo"]
-    lines += [
-        "",
+    return (
+        f"{table(headings, rows)}\n\n"
         f"*{scenario['name']}*: {slo['attainment']:.0%} of arrivals within TTFT {slo['ttft_s']:g} s and "
-        f"TPOT {slo['tpot_s'] * 1000:g} ms. Written by `make docs`.",
-    ]
-    return "\n".join(lines)
+        f"TPOT {slo['tpot_s'] * 1000:g} ms. Written by `make docs`."
+    )
 
 
 def bench_table(figures: dict[str, float]) -> str:
     """Markdown table of the benchmark figures that the README shows."""
-    rows = [f"| {label} | {form.format(figures[name])} |" for name, (label, form) in BENCH_ROWS.items()]
-    return "\n".join(["| figure | |", "|---|---|", *rows, "", "One core of a shared two-core machine; `make docs`."])
+    rows = [(label, form.format(figures[name])) for name, (label, form) in BENCH_ROWS.items()]
+    return f"{table(('figure', ''), rows)}\n\nOne core of a shared two-core machine; `make docs`."
 
 
 def replace_block(text: str, name: str, table: str) -> str:
@@ -63,9 +67,12 @@ def replace_block(text: str, name: str, table: str) -> str:
 
 def main(summary: Path, bench: Path, readme: Path) -> None:
     """Replace both tables of `readme`."""
-    figures = {figure["name"]: figure["value"] for figure in map(json.loads, bench.read_text().splitlines())}
-    text = replace_block(readme.read_text(), "demo", demo_table(json.loads(summary.read_text())))
-    readme.write_text(replace_block(text, "bench", bench_table(figures)))
+    figures = {
+        figure["name"]: figure["value"] for figure in map(json.loads, bench.read_text(encoding="utf-8").splitlines())
+    }
+    shown = demo_table(json.loads(summary.read_text(encoding="utf-8")))
+    text = replace_block(readme.read_text(encoding="utf-8"), "demo", shown)
+    write_text(readme, replace_block(text, "bench", bench_table(figures)))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from policies.contract import Floats
+from policies.files import write_text
 from training.cells import label
-from training.console import cheapest_holding, columns_for, not_servable, write_whole
+from training.console import cheapest_holding, columns_for, not_servable
 from training.evaluate import Evaluation
 from training.report_plots import is_sweep, scatter, styled, swept
 from training.scores import REFERENCE
@@ -75,7 +76,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         OSError: when it cannot be written.
     """
     page = render(evaluation)
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 def render(evaluation: Evaluation) -> str:

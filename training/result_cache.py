@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.console import write_whole
+from policies.files import write_text
 from training.scenarios import Scenario
 
 _SOURCES = (
@@ -76,7 +76,7 @@ class ResultCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, allow_nan=False)
-        write_whole(self._path(kind, key), lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(self._path(kind, key), text)
 
     def _path(self, kind: str, key: Mapping[str, Any]) -> Path:
         assert self.folder is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training.console import PIPED_WIDTH, check_writable, one_sentence_errors, progress_bar, say, write_json
+from training.tables import shown_points, shown_ratio
 
 if TYPE_CHECKING:
     from training.contrasts import Contrast, Contrasts
@@ -178,24 +179,12 @@ def show_contrasts(contrasts: Contrasts) -> None:
     )
 
 
-def _points(row: Contrast) -> str:
-    from training.contrasts import shown
-
-    return shown([100 * value for value in row.attainment_change], "+.1f")
-
-
-def _cost(row: Contrast) -> str:
-    from training.contrasts import shown
-
-    return "-" if row.cost_ratio is None else shown(row.cost_ratio, ".2f")
-
-
 COLUMNS: dict[str, Callable[[Contrast], str]] = {
     "held": lambda row: f"{row.held}/{row.scenarios}",
     "before": lambda row: f"{row.held_before}/{row.scenarios}",
     "SLO met": lambda row: f"{row.attainment:.1%}",
-    "change, points": _points,
-    "cost": _cost,
+    "change, points": lambda row: shown_points(row.attainment_change),
+    "cost": lambda row: shown_ratio(row.cost_ratio),
     "scale per h": lambda row: f"{row.scale_events_per_hour:.1f}",
     "before ": lambda row: f"{row.scale_events_per_hour_before:.1f}",
 }

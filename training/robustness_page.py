@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.files import write_text
 from training.cells import label
-from training.contrasts import shown
+from training.tables import shown_points, shown_ratio, table
 
 Row = dict[str, Any]
 
@@ -28,11 +29,11 @@ def page(abused: Row, ablated: Row) -> str:
         _matrix(abused, lambda row: f"{row['held']}/{row['scenarios']}"),
         "Scenarios whose SLO the policy holds, of those that the abuse concerns.",
         "### Cost",
-        _matrix(abused, _cost),
+        _matrix(abused, lambda row: shown_ratio(row["cost_ratio"])),
         "Dollars over the same policy's dollars without the abuse, geometric mean over the scenarios that it holds "
         "both times; `-` where there is none.",
         "### SLO met",
-        _matrix(abused, _change),
+        _matrix(abused, lambda row: shown_points(row["attainment_change"])),
         "Change of the share of requests served in time, in percentage points, mean over the scenarios.",
         "### Scale events per hour",
         _matrix(abused, lambda row: f"{row['scale_events_per_hour']:.1f}"),
@@ -72,11 +73,10 @@ def _matrix(found: Row, show: Any) -> str:
     by_policy: dict[str, dict[str, Row]] = {}
     for row in found["contrasts"]:
         by_policy.setdefault(label(row["policy"], row["tuned"]), {})[row["treatment"]] = row
-    lines = [f"| policy | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for policy, rows in by_policy.items():
-        cells = [show(rows[name]) if name in rows else "" for name in names]
-        lines.append(f"| {policy} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [
+        (policy, *(show(rows[name]) if name in rows else "" for name in names)) for policy, rows in by_policy.items()
+    ]
+    return table(("policy", *names), lines)
 
 
 def _groups(found: Row) -> list[str]:
@@ -84,17 +84,18 @@ def _groups(found: Row) -> list[str]:
     parts = []
     for group in dict.fromkeys(row["group"] for row in found["contrasts"]):
         lines = [
-            "| decided by the policy | held | cost | SLO met, points | scale events per hour |",
-            "|---|---|---|---|---|",
+            (
+                row["treatment"],
+                f"{row['held']}/{row['scenarios']}",
+                shown_ratio(row["cost_ratio"]),
+                shown_points(row["attainment_change"]),
+                f"{row['scale_events_per_hour']:.1f}",
+            )
+            for row in found["contrasts"]
+            if row["group"] == group
         ]
-        for row in found["contrasts"]:
-            if row["group"] == group:
-                held = f"{row['held']}/{row['scenarios']}"
-                lines.append(
-                    f"| {row['treatment']} | {held} | {_cost(row)} | {_change(row)} "
-                    f"| {row['scale_events_per_hour']:.1f} |"
-                )
-        parts += [f"### {group[:1].upper()}{group[1:]}", "\n".join(lines)]
+        headings = ("decided by the policy", "held", "cost", "SLO met, points", "scale events per hour")
+        parts += [f"### {group[:1].upper()}{group[1:]}", table(headings, lines)]
     return parts
 
 
@@ -102,14 +103,6 @@ def _runs(found: Row) -> str:
     """Which scenarios ran, with how many seeds."""
     names = (f"{item['name']} ({len(item['seeds'])})" for item in found["scenarios"])
     return f"Scenarios, with seeds: {', '.join(names)}."
-
-
-def _cost(row: Row) -> str:
-    return "-" if row["cost_ratio"] is None else shown(row["cost_ratio"], ".2f")
-
-
-def _change(row: Row) -> str:
-    return shown([100 * value for value in row["attainment_change"]], "+.1f")
 
 
 def _bundle(found: Row) -> str:
@@ -120,7 +113,7 @@ def _bundle(found: Row) -> str:
 def main(abused: Path, ablated: Path, target: Path) -> None:
     """``python -m training.robustness_page ROBUSTNESS.json ABLATION.json PAGE.md``."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in (abused, ablated)]
-    target.write_text(page(*found), encoding="utf-8")
+    write_text(target, page(*found))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.files import write_text
 from policies.lineup import is_peer, is_rule
 from training.cells import label
 from training.scores import REFERENCE
 from training.standings import MODES, WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
+from training.tables import table
 
 Row = dict[str, Any]
 TITLES = {"generated": "Generated traffic", "real": "Recorded traffic"}
@@ -74,13 +76,12 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
         ),
         "learned": lambda own: cheapest(row for row in own if row["policy"] == "learned"),
     }
-    lines = [f"| scenario | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    lines = []
     for scenario in scenarios:
         own = _of(rows, scenario)
-        cells = [_cost(choose(own), name) for name, choose in columns.items()]
-        lines.append(f"| {scenario['name']} | {' | '.join(cells)} |")
-    lines += ["", "Dollars per million tokens; in brackets, the cost over the plan's; then the policy."]
-    return "\n".join(lines)
+        lines.append((scenario["name"], *(_cost(choose(own), name) for name, choose in columns.items())))
+    told = "Dollars per million tokens; in brackets, the cost over the plan's; then the policy."
+    return f"{table(('scenario', *columns), lines)}\n\n{told}"
 
 
 def _reference(rows: Sequence[Row], name: str) -> Row | None:
@@ -109,18 +110,16 @@ def _every_policy(found: Sequence[Standing]) -> str:
     by_name: dict[str, dict[str, Standing]] = {}
     for item in found:
         by_name.setdefault(item.policy, {})["default" if item.tuned == REFERENCE else item.tuned] = item
-    lines = [f"| policy | kind | {' | '.join(MODES)} |", f"|---|---|{'---|' * len(MODES)}"]
+    lines = []
     for name, modes in by_name.items():
         kind = "peer" if is_peer(name) else "own rule" if is_rule(name) else "" if name == "learned" else "reference"
-        cells = [_standing(modes[mode]) if mode in modes else "" for mode in MODES]
-        lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
-    lines += [
-        "",
+        lines.append((name, kind, *(_standing(modes[mode]) if mode in modes else "" for mode in MODES)))
+    told = (
         "Scenarios held, of those that can be held; then the cost over the plan's on those, geometric mean and the "
         "bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at how "
-        "many were held first.",
-    ]
-    return "\n".join(lines)
+        "many were held first."
+    )
+    return f"{table(('policy', 'kind', *MODES), lines)}\n\n{told}"
 
 
 def _standing(item: Standing) -> str:
@@ -132,7 +131,7 @@ def _standing(item: Standing) -> str:
 
 
 def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
-    lines = ["| scenario | what | SLO | pools |", "|---|---|---|---|"]
+    lines = []
     for scenario in scenarios:
         slo = scenario["slo"]
         pools = "; ".join(
@@ -141,9 +140,9 @@ def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
             for pool in scenario["pools"]
         )
         promise = f"TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1000:g} ms, {slo['attainment']:.0%}"
-        lines.append(f"| {scenario['name']} | {scenario['description']} | {promise} | {pools} |")
-    lines += [f"| {item['name']} | skipped: {item['reason']} | | |" for item in skipped]
-    return "\n".join(lines)
+        lines.append((scenario["name"], scenario["description"], promise, pools))
+    lines += [(item["name"], f"skipped: {item['reason']}", "", "") for item in skipped]
+    return table(("scenario", "what", "SLO", "pools"), lines)
 
 
 def _tuning(tunings: Sequence[Row]) -> str:
@@ -171,7 +170,7 @@ def _tuning(tunings: Sequence[Row]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """``python -m training.scoreboard DETAILS.json PAGE.md``."""
     source, target = (Path(argument) for argument in arguments)
-    target.write_text(page(json.loads(source.read_text(encoding="utf-8"))), encoding="utf-8")
+    write_text(target, page(json.loads(source.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

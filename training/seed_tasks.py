@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from policies.files import write_text
 from training.monitor import STATE_FILE
 from training.tracking import store_uri
 from training.train import Stopped, TrainedPolicy, course_of, train_all, train_seed
@@ -51,9 +52,7 @@ class ProgressFile:
         """
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + POLL_S
-            part = self._path.with_suffix(".part")
-            part.write_text(json.dumps({"label": label, "done": done, "total": total, "pid": os.getpid()}))
-            part.replace(self._path)
+            write_text(self._path, json.dumps({"label": label, "done": done, "total": total, "pid": os.getpid()}))
             if self._stop.exists():
                 raise Stopped
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from policies.engine import ConfigError, StrictModel, load_model, parse_model, read_yaml
+from policies.files import write_text
 from training.monitor import RunState
 from training.seed_tasks import POLL_S, STOP_FILE, Where, show_progress, train_task
 from training.tracking import store_uri
@@ -220,7 +221,7 @@ class Sweep:
         best = self.study.best_trial
         chosen = varied(self.recipe, best.user_attrs["settings"], "the best trial")
         kept = chosen.model_dump(mode="json", exclude={"tracking_uri", "evaluation_suite", "checkpoint_every_steps"})
-        (self.out / BEST_FILE).write_text(yaml.safe_dump(kept, sort_keys=False))
+        write_text(self.out / BEST_FILE, yaml.safe_dump(kept, sort_keys=False))
         return best
 
     def _keep_spec(self) -> None:
@@ -233,7 +234,7 @@ class Sweep:
         path = self.out / SPEC_FILE
         if path.is_file() and read_yaml(path) != data:
             raise ConfigError(f"{self.out}: holds another sweep or recipe: go on with that one, or name another --out")
-        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        write_text(path, yaml.safe_dump(data, sort_keys=False))
 
     def _take_up(self) -> None:
         """Queue the trials that were cut off, to go on in their folders."""

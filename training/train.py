@@ -24,6 +24,7 @@ from envs.traces import Trace
 from envs.vector_env import AutoscalingVecEnv
 from policies.action import ACTIONS
 from policies.engine import ConfigError, read_yaml
+from policies.files import write_text
 from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec
@@ -180,7 +181,7 @@ def train_seed(
         # A second export would change what is registered already.
         say(f"seed {seed}: finished before, best at {state.best_steps:,} steps {_words(state.best_point())}")
         return TrainedPolicy(seed, folder, state.best_score, bundle, state.bundle_digest, state.mlflow_run_id, state)
-    _write_config(config, folder)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     if known_run:
         client.update_run(state.mlflow_run_id, status="RUNNING")
@@ -261,12 +262,6 @@ def check_same(config: TrainConfig, path: Path) -> None:
         differing.append("seeds (the first one draws the worlds)")
     if differing:
         raise ConfigError(f"{path}: the run to resume was started with another {', '.join(differing)}")
-
-
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    part = folder / "config.yaml.part"
-    part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    part.replace(folder / "config.yaml")
 
 
 def _run_exists(client: Any, run_id: str) -> bool:

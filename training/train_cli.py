@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, training_bars, write_whole
+from policies.files import write_text
+from training.console import INTERRUPTED, check_writable, one_sentence_errors, say, training_bars
 
 if TYPE_CHECKING:
     from training.seed_tasks import Where
@@ -160,7 +161,7 @@ def compare(
         import json
 
         text = json.dumps(rows, indent=1) + "\n"
-        write_whole(json_file, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(json_file, text)
     table = Table(title=f"{name}: registered versions")
     for heading in (
         "version",

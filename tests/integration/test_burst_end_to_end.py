@@ -24,12 +24,13 @@ from kube_objects import create_deployment, delete_pods
 from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
 from servers import Controller, HAProxy, MLflow, Prometheus, wait_until
+from slow_engine import slow_engine
 
 from autoscaler.config import LiveConfig
 from autoscaler.database import Database
 from autoscaler.records import Tick, read_ticks
 from autoscaler.service import LiveService
-from policies.engine import ColdStart, EngineProfile, StepModel
+from policies.engine import ColdStart
 from policies.learned import load_bundle
 from policies.lineup import SHIPPED_BUNDLE
 from training.registry import BUNDLE_FILE, register
@@ -39,28 +40,7 @@ MOST, PEAK_SIZE = 6, 4
 """Replicas that may be asked for, and those that the peak needs with half of them to spare."""
 TTFT_S = 2.5
 PROMPT_TOKENS, OUTPUT_TOKENS = 100, 20
-PROFILE = EngineProfile(
-    name="slow",
-    model="emulated",
-    gpu="none",
-    backend="emulated",
-    precision="none",
-    gpus_per_replica=1,
-    gpus_per_node=8,
-    step=StepModel(
-        a_ms=60.0,
-        b_us_per_prefill_token=50.0,
-        c_us_per_seq=5000.0,
-        d_us_per_1k_kv_tokens=0.0,
-        e_ns_per_prefill_token2=0.0,
-    ),
-    kv_capacity_tokens=100_000,
-    max_num_seqs=32,
-    max_num_batched_tokens=2048,
-    cold_start=ColdStart(node_s=0.0, image_s=0.0, weights_s=0.0, warmup_s=0.0),
-    usd_per_gpu_hour=3.6,
-    fitted_on="round numbers for a test",
-)
+PROFILE = slow_engine(c_us_per_seq=5000.0, max_num_seqs=32)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from conftest import start
 from exporters import ExportedWorld, Exporter
 from live_fakes import live_config
 from servers import Prometheus
+from slow_engine import slow_engine
 
 from autoscaler.config import LiveConfig
 from autoscaler.counterfactuals import Counterfactuals
@@ -37,7 +38,6 @@ from envs.cluster import Reading
 from envs.traces import Trace
 from policies.contract import Decision, Snapshot
 from policies.decider import Decider
-from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.learned import load_bundle, write_bundle
 from policies.lineup import SHIPPED_BUNDLE, make_policy
@@ -47,28 +47,7 @@ INTERVAL_S, SCRAPE_S = 4.0, 0.5
 CALM_S, BURST_S, TOTAL_S = 22.0, 44.0, 116.0
 CALM_RPS, BURST_RPS = 4.0, 14.0
 MOST = 40
-PROFILE = EngineProfile(
-    name="slow",
-    model="simulated",
-    gpu="none",
-    backend="simulated",
-    precision="none",
-    gpus_per_replica=1,
-    gpus_per_node=8,
-    step=StepModel(
-        a_ms=60.0,
-        b_us_per_prefill_token=50.0,
-        c_us_per_seq=2000.0,
-        d_us_per_1k_kv_tokens=0.0,
-        e_ns_per_prefill_token2=0.0,
-    ),
-    kv_capacity_tokens=100_000,
-    max_num_seqs=8,
-    max_num_batched_tokens=2048,
-    cold_start=ColdStart(node_s=0.0, image_s=0.0, weights_s=0.0, warmup_s=6.0),
-    usd_per_gpu_hour=3.6,
-    fitted_on="round numbers for a test",
-)
+PROFILE = slow_engine(c_us_per_seq=2000.0, max_num_seqs=8, warmup_s=6.0)
 
 
 def spec() -> ScalingSpec:

@@ -28,7 +28,7 @@ def test_replays_of_live_engines_become_rows(tmp_path):
     ]
     file = tmp_path / "replay.json"
     file.write_text(json.dumps({"profile": "mine", "trace": "t", "rows": rows}))
-    text = _live([file])
+    text = "\n\n".join(_live([file]))
     assert "| mine | 8 | tpot_p50_s | 0.02 | 0.021 | +5.0% | - |" in text
     assert (
         "mine: median TPOT off by 5.0% to 5.0% over 1 batch caps; "

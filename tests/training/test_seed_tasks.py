@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from local_ray import local_ray
 
 from policies.engine import ConfigError
 from training.monitor import RunState
@@ -37,22 +38,8 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    import ray
-
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_raylet_start_wait_time_s": "180",  # a busy machine
-    }.items():
-        patch.setenv(name, value)
-    ray.shutdown()  # whatever an earlier test has left
-    ray.init(
-        num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", configure_logging=False
-    )
-    yield
-    ray.shutdown()
-    patch.undo()
+    with local_ray(cpus=1):
+        yield
 
 
 def recipe(folder: Path, **changes: Any) -> TrainConfig:

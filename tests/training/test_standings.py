@@ -118,4 +118,4 @@ def test_the_page_labels_scenarios_that_cannot_be_held_or_were_skipped():
     ).to_json()
     text = page(details)
     assert "Not even the clairvoyant plan holds the SLO of: one." in text
-    assert "| real | skipped: needs recorded traces | | |" in text
+    assert "| real | skipped: needs recorded traces |  |  |" in text

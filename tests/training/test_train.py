@@ -497,6 +497,13 @@ def test_a_crash_between_any_two_writes_leaves_a_state_with_its_own_networks(
     assert {path.name for path in folder.iterdir()} == {"best.zip", "checkpoint-450.zip", "state.json"}
 
 
+def test_what_a_killed_run_left_half_written_is_dropped(tmp_path: Path) -> None:
+    for name in (".best-100.zip.7.partial", "best-100.zip", "best-200.zip"):
+        (tmp_path / name).touch()
+    RunState(best="best-200.zip").drop_unused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best-200.zip"]
+
+
 def test_the_state_survives_a_round_trip(tmp_path: Path) -> None:
     state = RunState(steps=5, curve=[{"steps": 0.0, "score": 1.5}], feature_low=[0.25], mlflow_run_id="r")
     state.save(tmp_path)

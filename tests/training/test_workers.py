@@ -1,4 +1,5 @@
 import pytest
+from local_ray import local_ray
 from worlds import chat, suite_of
 
 from training.evaluate import evaluate
@@ -15,21 +16,8 @@ def results(workers, asked):
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    import ray
-
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_raylet_start_wait_time_s": "180",  # a busy machine
-    }.items():
-        patch.setenv(name, value)
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", configure_logging=False
-    )
-    yield "auto"
-    ray.shutdown()
-    patch.undo()
+    with local_ray(cpus=2):
+        yield "auto"
 
 
 def test_tasks_come_back_under_their_keys():
