@@ -1,0 +1,83 @@
+"""Options that the commands of `jevons profile` share, and how their text is read.
+
+This module must stay cheap to import, and must not know what the options are used for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_BASE_HELP = "Profile that gives what is not measured: GPUs, limits, cold start, price. A shipped name or a YAML file."
+Base = Annotated[str, typer.Option("--base", help=_BASE_HELP)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write, YAML.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the profile; that of the file when left out.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write every figure as JSON to this file.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Write tables and plots to this HTML file.")]
+Where = Annotated[list[str] | None, typer.Option("--where", help="Keep rows with COLUMN=VALUE; repeatable.")]
+Fix = Annotated[
+    list[str] | None, typer.Option("--fix", help="COEFFICIENT=VALUE, given rather than fitted; repeatable.")
+]
+Folds = Annotated[int, typer.Option("--folds", min=0, max=50, help="Parts held out in turn; 0: none.")]
+Bootstrap = Annotated[int, typer.Option("--bootstrap", min=0, help="Refits for the coefficients' intervals; 0: none.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of folds and bootstrap.")]
+KvTokens = Annotated[int | None, typer.Option("--kv-tokens", min=16, help="KV cache capacity; the base's if left out.")]
+Budget = Annotated[
+    int | None, typer.Option("--max-num-batched-tokens", min=16, help="Token budget of the engine measured.")
+]
+Seqs = Annotated[int | None, typer.Option("--max-num-seqs", min=1, max=4096, help="Largest batch of the engine.")]
+PerClient = Annotated[
+    int | None,
+    typer.Option("--requests-per-client", min=1, max=1000, help="How published closed loops were run, where known."),
+]
+Url = Annotated[str, typer.Option("--url", help="Address of an OpenAI-compatible engine, one replica.")]
+Model = Annotated[str | None, typer.Option("--model", help="Model name to ask for; the first listed if left out.")]
+
+
+def pairs(given: list[str] | None, flag: str) -> dict[str, str]:
+    """NAME=VALUE options by name.
+
+    Raises:
+        ValueError: naming the option that is none.
+    """
+    found = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{flag}: expected NAME=VALUE, got {text!r}")
+        found[key] = value
+    return found
+
+
+def numbers(given: list[str] | None) -> dict[str, float]:
+    """The values of ``--fix`` by coefficient, at least 0 each.
+
+    Raises:
+        ValueError: naming the option that is none.
+    """
+    found = {}
+    for key, text in pairs(given, "--fix").items():
+        try:
+            found[key] = float(text)
+        except ValueError:
+            raise ValueError(f"--fix: {key}: expected a number, got {text!r}") from None
+        if not 0.0 <= found[key] < float("inf"):
+            raise ValueError(f"--fix: {key}: expected a number of at least 0, got {text}")
+    return found
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag}: expected whole numbers separated by commas, got {text!r}") from None
+    if min(values) < 1 or max(values) > 1_000_000:
+        raise ValueError(f"{flag}: expected numbers from 1 to 1,000,000, got {text!r}")
+    return values
