@@ -52,7 +52,7 @@ def fit(
     from policies.spec import find_engine
     from training.measurements import read_measurements
 
-    check_writable(out, report, json_file)
+    options.check_outputs(out, report, json_file, inputs=[data])
     profile = find_engine(base, Path())
     limits = _limits(profile, kv_tokens, max_num_batched_tokens, None)
     table = read_measurements(data, limits, options.pairs(where, "--where"))
@@ -98,7 +98,7 @@ def from_aiconfigurator(
     from policies.spec import find_engine
     from training.aiconfigurator import estimate
 
-    check_writable(out, report, json_file)
+    options.check_outputs(out, report, json_file)
     profile = find_engine(base, Path())
     seqs = max_num_seqs or profile.max_num_seqs
     budget = max_num_batched_tokens or profile.max_num_batched_tokens
@@ -156,7 +156,7 @@ def measure(
     from training.profile_measure import measure as sweep_engine
 
     rows = rows or out.with_suffix(".csv")
-    check_writable(out, rows, report, json_file)
+    options.check_outputs(out, rows, report, json_file)
     profile = find_engine(base, Path())
     sweep = Sweep(
         options.whole_numbers(prompt, "--prompt"),
@@ -218,7 +218,7 @@ def validate(
 
     if (data is None) == (replay is None):
         raise ValueError("expected --data, or --replay with --url")
-    check_writable(report, json_file)
+    check_writable(report, json_file, inputs=[Path(profile), data, replay])
     engine = find_engine(profile, Path())
     if data is not None:
         _validate_rows(

@@ -5,11 +5,16 @@ This module must stay cheap to import, and must not know what the options are us
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from training.console import check_writable
+
+LARGEST = 1e6
+"""Of a coefficient that is given rather than fitted: far beyond any engine."""
 _BASE_HELP = "Profile that gives what is not measured: GPUs, limits, cold start, price. A shipped name or a YAML file."
 Base = Annotated[str, typer.Option("--base", help=_BASE_HELP)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write, YAML.")]
@@ -36,6 +41,17 @@ Url = Annotated[str, typer.Option("--url", help="Address of an OpenAI-compatible
 Model = Annotated[str | None, typer.Option("--model", help="Model name to ask for; the first listed if left out.")]
 
 
+def check_outputs(out: Path, *others: Path | None, inputs: Sequence[Path] = ()) -> None:
+    """Refuse before any work is done, as `check_writable`; the profile must be named like one.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    if out.suffix not in {".yaml", ".yml"}:
+        raise ValueError(f"{out}: expected a name that ends in .yaml, as profiles are found by it")
+    check_writable(out, *others, inputs=inputs)
+
+
 def pairs(given: list[str] | None, flag: str) -> dict[str, str]:
     """NAME=VALUE options by name.
 
@@ -47,12 +63,14 @@ def pairs(given: list[str] | None, flag: str) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"{flag}: expected NAME=VALUE, got {text!r}")
+        if key in found:
+            raise ValueError(f"{flag}: {key} is given twice")
         found[key] = value
     return found
 
 
 def numbers(given: list[str] | None) -> dict[str, float]:
-    """The values of ``--fix`` by coefficient, at least 0 each.
+    """The values of ``--fix`` by coefficient.
 
     Raises:
         ValueError: naming the option that is none.
@@ -63,8 +81,8 @@ def numbers(given: list[str] | None) -> dict[str, float]:
             found[key] = float(text)
         except ValueError:
             raise ValueError(f"--fix: {key}: expected a number, got {text!r}") from None
-        if not 0.0 <= found[key] < float("inf"):
-            raise ValueError(f"--fix: {key}: expected a number of at least 0, got {text}")
+        if not 0.0 <= found[key] <= LARGEST:
+            raise ValueError(f"--fix: {key}: expected a number from 0 to a million, got {text}")
     return found
 
 
