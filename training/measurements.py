@@ -11,7 +11,7 @@ This module must not know how coefficients are found.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -215,12 +215,17 @@ class LoopLatencyTable:
 
     def unidentified(self) -> list[str]:
         """Coefficients that need a second prompt length or concurrency to be told apart."""
-        missing = []
-        if len(np.unique(self.prompt_tokens)) < 2:
-            missing += ["d_us_per_1k_kv_tokens", "e_ns_per_prefill_token2"]
-        if len(np.unique(self.concurrency)) < 2:
-            missing += ["b_us_per_prefill_token", "c_us_per_seq"]
-        return missing
+        return unidentified(self.prompt_tokens.tolist(), self.concurrency.tolist())
+
+
+def unidentified(prompt_tokens: Collection[int], concurrency: Collection[int]) -> list[str]:
+    """Coefficients that closed loops over these prompt lengths and concurrencies cannot tell, by name."""
+    missing = []
+    if len(set(prompt_tokens)) < 2:
+        missing += ["d_us_per_1k_kv_tokens", "e_ns_per_prefill_token2"]
+    if len(set(concurrency)) < 2:
+        missing += ["b_us_per_prefill_token", "c_us_per_seq"]
+    return missing
 
 
 @dataclass(frozen=True)

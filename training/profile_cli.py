@@ -23,6 +23,8 @@ app = typer.Typer(help="Make engine profiles, and see how far they are from meas
 
 REQUESTS_PER_CLIENT = 10
 """Assumed by `validate` where neither the file nor an option says it."""
+MOST_CLIENTS = 4096
+"""Of a sweep: the largest batch that a profile may have."""
 
 
 @app.command()
@@ -55,9 +57,10 @@ def fit(
     options.check_outputs(out, report, json_file, inputs=[data])
     profile = find_engine(base, Path())
     limits = _limits(profile, kv_tokens, max_num_batched_tokens, None)
+    fixed = options.numbers(fix)
     table = read_measurements(data, limits, options.pairs(where, "--where"))
     unknowns = _unknowns(table, max_num_batched_tokens, requests_per_client)
-    found = _fit(table, unknowns, profile, options.numbers(fix), folds, bootstrap, seed)
+    found = _fit(table, unknowns, profile, fixed, folds, bootstrap, seed)
     changes = {
         "kv_capacity_tokens": kv_tokens,
         "max_num_batched_tokens": max_num_batched_tokens or found.conditions.max_num_batched_tokens,
@@ -150,7 +153,7 @@ def measure(
     an interruption the same command goes on, and then fits all points.
     """
     from policies.spec import find_engine
-    from training.load_client import Engine
+    from training.load_client import REQUEST_TIMEOUT_S, Engine
     from training.measurements import read_measurements
     from training.profile_measure import Sweep
     from training.profile_measure import measure as sweep_engine
@@ -158,15 +161,24 @@ def measure(
     rows = rows or out.with_suffix(".csv")
     options.check_outputs(out, rows, report, json_file)
     profile = find_engine(base, Path())
+    fixed = options.numbers(fix)
     sweep = Sweep(
         options.whole_numbers(prompt, "--prompt"),
-        options.whole_numbers(output, "--output"),
-        options.whole_numbers(concurrency, "--concurrency"),
+        options.whole_numbers(output, "--output", least=2),
+        options.whole_numbers(concurrency, "--concurrency", most=MOST_CLIENTS),
         max_minutes,
     )
-    engine = Engine(url, model)
+    missing = [name for name in sweep.unidentified() if name not in fixed]
+    if missing and not rows.exists():
+        raise ValueError(
+            f"the sweep cannot identify {', '.join(missing)}: give --prompt and --concurrency two values or more "
+            "(or --fix NAME=VALUE)"
+        )
+    engine = Engine(url, model, request_timeout_s=min(REQUEST_TIMEOUT_S, max_minutes * 60.0))
     with progress_bar("measuring") as tell:
         result = sweep_engine(engine, sweep, rows, tell)
+    if not result.done:
+        raise ValueError(f"no point was measured within {max_minutes:g} minutes; give it more with --max-minutes")
     say(f"{result.done} of {result.points} points measured, in {rows}")
     if result.done < result.points:
         say(f"note: the time of {max_minutes:g} minutes is over; the same command goes on with the other points")
@@ -175,7 +187,7 @@ def measure(
         say(f"note: the engine does not tell its KV capacity; --kv-tokens sets it, taken from {profile.name} here")
     limits = _limits(profile, capacity, max_num_batched_tokens, max_num_seqs)
     table = read_measurements(rows, limits)
-    found = _fit(table, None, None, options.numbers(fix), folds, bootstrap, seed)
+    found = _fit(table, None, None, fixed, folds, bootstrap, seed)
     changes = {
         "model": result.model,
         "kv_capacity_tokens": capacity,

@@ -302,8 +302,6 @@ class Search:
         unknown = sorted(set(fixed) - set(COEFFICIENTS))
         if unknown:
             raise ConfigError(f"unknown coefficient {unknown[0]!r}; coefficients: {', '.join(COEFFICIENTS)}")
-        if fixed.get("a_ms") == 0.0:
-            raise ConfigError("a_ms: the fixed time of an iteration must be above 0, got 0")
         self.table = table
         self.fixed = fixed
         self.free = np.array([name not in fixed for name in COEFFICIENTS])

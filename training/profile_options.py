@@ -75,19 +75,24 @@ def numbers(given: list[str] | None) -> dict[str, float]:
     Raises:
         ValueError: naming the option that is none.
     """
+    from policies.engine import StepModel
+
     found = {}
     for key, text in pairs(given, "--fix").items():
+        if key not in StepModel.model_fields:
+            raise ValueError(f"--fix: no coefficient {key!r}; coefficients: {', '.join(StepModel.model_fields)}")
         try:
             found[key] = float(text)
         except ValueError:
             raise ValueError(f"--fix: {key}: expected a number, got {text!r}") from None
-        if not 0.0 <= found[key] <= LARGEST:
-            raise ValueError(f"--fix: {key}: expected a number from 0 to a million, got {text}")
+        if not 0.0 <= found[key] <= LARGEST or (key == "a_ms" and found[key] == 0.0):
+            least = "above 0" if key == "a_ms" else "of at least 0"
+            raise ValueError(f"--fix: {key}: expected a number {least} and at most a million, got {text}")
     return found
 
 
-def whole_numbers(text: str, flag: str) -> list[int]:
-    """Whole numbers of at least 1, separated by commas.
+def whole_numbers(text: str, flag: str, least: int = 1, most: int = 1_000_000) -> list[int]:
+    """Whole numbers from `least` to `most`, separated by commas.
 
     Raises:
         ValueError: naming the option.
@@ -96,6 +101,6 @@ def whole_numbers(text: str, flag: str) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{flag}: expected whole numbers separated by commas, got {text!r}") from None
-    if min(values) < 1 or max(values) > 1_000_000:
-        raise ValueError(f"{flag}: expected numbers from 1 to 1,000,000, got {text!r}")
+    if min(values) < least or max(values) > most:
+        raise ValueError(f"{flag}: expected numbers from {least} to {most:,}, got {text!r}")
     return values
