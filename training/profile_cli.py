@@ -168,12 +168,8 @@ def measure(
         options.whole_numbers(concurrency, "--concurrency", most=MOST_CLIENTS),
         max_minutes,
     )
-    missing = [name for name in sweep.unidentified() if name not in fixed]
-    if missing and not rows.exists():
-        raise ValueError(
-            f"the sweep cannot identify {', '.join(missing)}: give --prompt and --concurrency two values or more "
-            "(or --fix NAME=VALUE)"
-        )
+    if not rows.exists():
+        sweep.check(fixed)
     engine = Engine(url, model, request_timeout_s=min(REQUEST_TIMEOUT_S, max_minutes * 60.0))
     with progress_bar("measuring") as tell:
         result = sweep_engine(engine, sweep, rows, tell)

@@ -10,7 +10,7 @@ import csv
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +76,18 @@ class Sweep:
         order = np.random.default_rng(0).permutation(len(others))
         return corners + [others[index] for index in order]
 
-    def unidentified(self) -> list[str]:
-        """Coefficients that this sweep cannot tell, by name."""
-        return unidentified(self.prompt_tokens, self.concurrency)
+    def check(self, fixed: Collection[str]) -> None:
+        """Refuse a sweep that cannot tell the coefficients that are not `fixed`.
+
+        Raises:
+            ConfigError: naming them and what helps.
+        """
+        missing = [name for name in unidentified(self.prompt_tokens, self.concurrency) if name not in fixed]
+        if missing:
+            raise ConfigError(
+                f"the sweep cannot identify {', '.join(missing)}: give --prompt and --concurrency two values or more "
+                "(or --fix NAME=VALUE)"
+            )
 
 
 @dataclass(frozen=True)
