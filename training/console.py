@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from policies.files import write_text
-from policies.files import write_whole as write_whole
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation, Progress
@@ -69,12 +69,18 @@ def write_json(path: Path, data: Any) -> None:
     say(f"wrote {path}")
 
 
-def check_writable(*paths: Path | None) -> None:
+def check_writable(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> None:
     """Refuse before any work is done.
 
+    Args:
+        paths: files to write; None stands for none.
+        inputs: files that must not be overwritten by them.
+
     Raises:
-        ValueError: when a path's folder does not exist, or the path is a folder.
+        ValueError: when a path's folder does not exist or cannot be written to, when the path is a folder, or when
+            two results, or a result and an input, would be the same file.
     """
+    taken = {path.resolve() for path in inputs if path is not None}
     for path in paths:
         if path is None:
             continue
@@ -82,6 +88,14 @@ def check_writable(*paths: Path | None) -> None:
             raise ValueError(f"{path}: the folder {path.parent} does not exist")
         if path.is_dir():
             raise ValueError(f"{path}: is a folder, expected a file to write")
+        if path.resolve() in taken:
+            raise ValueError(f"{path}: is named twice, and would overwrite what another option or argument names")
+        taken.add(path.resolve())
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager

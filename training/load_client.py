@@ -19,12 +19,18 @@ from typing import Any, Self
 
 import aiohttp
 import numpy as np
+from aiohttp.http import HttpProcessingError
 
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 10, 500
 """Token ids that prompts are drawn from: within every vocabulary, past the usual control tokens."""
 CONNECT_TIMEOUT_S = 10.0
 METRICS_TIMEOUT_S = 5.0
+LISTING_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 300.0
 WORD_SAMPLE = 64
+UNREACHABLE = (aiohttp.ClientError, TimeoutError, ConnectionError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, HttpProcessingError)
+"""What reading an answer that is something else may raise."""
 
 
 class EngineFailed(ValueError):  # noqa: N818 - reads as the sentence it starts
@@ -69,7 +75,11 @@ class Engine:
     """
 
     def __init__(
-        self, url: str, model: str | None = None, request_timeout_s: float = 300.0, api_key: str | None = None
+        self,
+        url: str,
+        model: str | None = None,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+        api_key: str | None = None,
     ) -> None:
         self.url = re.sub(r"/(v1/?)?$", "", url)
         if not re.match(r"https?://", self.url):
@@ -130,11 +140,18 @@ class Engine:
                         first_s = first_s or now_s
                         last_s = now_s
                     usage = event.get("usage") or usage
-        except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            if not usage or not first_s:
+                raise EngineFailed(f"{self.url}: a stream ended without tokens or without its usage report")
+            served = Served(sent_s, first_s, last_s, int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
+        except EngineFailed:
+            raise
+        except UNREACHABLE as error:
             raise EngineFailed(f"{self.url}: {_reason(error)}") from None
-        if not usage or not first_s:
-            raise EngineFailed(f"{self.url}: a stream ended without tokens or without its usage report")
-        return Served(sent_s, first_s, last_s, int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
+        except UNREADABLE:
+            raise EngineFailed(f"{self.url}: /v1/completions streams no OpenAI completion events") from None
+        if served.prompt_tokens < 1:
+            raise EngineFailed(f"{self.url}: the usage report of a stream counts no prompt tokens")
+        return served
 
     async def metrics(self) -> dict[str, float]:
         """Samples of ``/metrics``, labels in the name; empty where the engine has none."""
@@ -142,19 +159,22 @@ class Engine:
         try:
             async with self._session.get(f"{self.url}/metrics", timeout=timeout) as answer:
                 return parse_metrics(await answer.text()) if answer.status == 200 else {}
-        except (aiohttp.ClientError, TimeoutError, ConnectionError):
+        except (*UNREACHABLE, UnicodeDecodeError):
             return {}
 
     async def _first_model(self) -> str:
         try:
-            async with self._session.get(f"{self.url}/v1/models") as answer:
-                listed = await answer.json(content_type=None) if answer.status == 200 else {}
-        except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            timeout = aiohttp.ClientTimeout(total=LISTING_TIMEOUT_S)
+            async with self._session.get(f"{self.url}/v1/models", timeout=timeout) as answer:
+                if answer.status != 200:
+                    raise EngineFailed(f"{self.url}: answered {answer.status} to /v1/models; is this an OpenAI API?")
+                return str((await answer.json(content_type=None))["data"][0]["id"])
+        except EngineFailed:
+            raise
+        except UNREACHABLE as error:
             raise EngineFailed(f"{self.url}: {_reason(error)}") from None
-        models = listed.get("data") or []
-        if not models:
-            raise EngineFailed(f"{self.url}: /v1/models lists no model; name one with --model")
-        return str(models[0]["id"])
+        except UNREADABLE:
+            raise EngineFailed(f"{self.url}: /v1/models lists no model; name one with --model") from None
 
     async def _settle_prompts(self) -> None:
         """Find out whether token ids are taken as prompts, else how many tokens a word makes."""

@@ -10,9 +10,8 @@ This module must not know how coefficients are found.
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from envs.closed_loop import ClosedLoops, LoadProtocol
 from policies.contract import Floats
 from policies.engine import ConfigError, StepModel
+from training.csv_rows import Range, Rows, read_rows
 
 COEFFICIENTS = tuple(StepModel.model_fields)
 """Names of the five coefficients, in the order of `StepModel.seconds`."""
@@ -59,6 +59,12 @@ SET_COLUMNS = (
     "tp_size",
 )
 """Columns that say which engine a row was measured on: a fit is for one engine."""
+MILLISECONDS = Range(1e-6, 1e9, "a number of milliseconds above 0, a billion at most")
+AMOUNT = Range(0.0, 1e9, "a number from 0 to a billion")
+COUNT = Range(1.0, 1e9, "a number from 1 to a billion")
+CLIENTS = Range(1.0, 65_536.0, "a number from 1 to 65,536")
+PER_CLIENT = Range(1.0, 1000.0, "a number from 1 to 1,000")
+SPREAD = Range(0.0, 0.9, "a share from 0 to 0.9")
 QUANTITIES = {"step": "step time", "tpot": "TPOT mean", "ttft": "TTFT mean", "ttft_p90": "TTFT p90"}
 
 
@@ -209,12 +215,17 @@ class LoopLatencyTable:
 
     def unidentified(self) -> list[str]:
         """Coefficients that need a second prompt length or concurrency to be told apart."""
-        missing = []
-        if len(np.unique(self.prompt_tokens)) < 2:
-            missing += ["d_us_per_1k_kv_tokens", "e_ns_per_prefill_token2"]
-        if len(np.unique(self.concurrency)) < 2:
-            missing += ["b_us_per_prefill_token", "c_us_per_seq"]
-        return missing
+        return unidentified(self.prompt_tokens.tolist(), self.concurrency.tolist())
+
+
+def unidentified(prompt_tokens: Collection[int], concurrency: Collection[int]) -> list[str]:
+    """Coefficients that closed loops over these prompt lengths and concurrencies cannot tell, by name."""
+    missing = []
+    if len(set(prompt_tokens)) < 2:
+        missing += ["d_us_per_1k_kv_tokens", "e_ns_per_prefill_token2"]
+    if len(set(concurrency)) < 2:
+        missing += ["b_us_per_prefill_token", "c_us_per_seq"]
+    return missing
 
 
 @dataclass(frozen=True)
@@ -237,133 +248,71 @@ def read_measurements(path: Path, limits: Limits, where: Mapping[str, str] | Non
     Raises:
         ConfigError: naming the file, and the line and column or the choice that is missing.
     """
-    header, rows = _read_rows(path, where or {})
-    _check_one_set(path, header, rows)
-    if "step_ms" in _known(header):
-        return _step_times(path, header, rows)
-    return _loop_table(path, header, rows, limits)
+    rows = read_rows(path).where(where or {})
+    if not any(name in rows.header for kind in ("step_ms", "tpot_ms", "ttft_ms") for name in ALIASES[kind]):
+        raise ConfigError(
+            f"{path}: holds neither step times (column step_ms) nor closed loops (columns ttft_ms and tpot_ms), "
+            f"separated by commas; columns: {', '.join(rows.header)}"
+        )
+    _check_one_set(rows)
+    if any(name in rows.header for name in ALIASES["step_ms"]):
+        return _step_times(rows)
+    return _loop_table(rows, limits)
 
 
-def _read_rows(path: Path, where: Mapping[str, str]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Header, and (line, row) pairs."""
-    try:
-        with path.open(newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines)
-            header = list(reader.fieldnames or ())
-            found = [(reader.line_num, {key: value or "" for key, value in row.items() if key}) for row in reader]
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as CSV: {error}") from None
-    for column in where:
-        if column not in header:
-            raise ConfigError(f"{path}: no column {column!r} to choose rows by; columns: {', '.join(header)}")
-    kept = [(line, row) for line, row in found if all(_same(row[name], value) for name, value in where.items())]
-    if not kept:
-        chosen = ", ".join(f"{name}={value}" for name, value in where.items())
-        raise ConfigError(f"{path}: no row{f' with {chosen}' if chosen else ''}")
-    return header, kept
-
-
-def _same(text: str, wanted: str) -> bool:
-    try:
-        return float(text) == float(wanted)
-    except ValueError:
-        return text == wanted
-
-
-def _check_one_set(path: Path, header: list[str], rows: list[tuple[int, dict[str, str]]]) -> None:
+def _check_one_set(rows: Rows) -> None:
     for column in SET_COLUMNS:
-        values = sorted({row[column] for _, row in rows}) if column in header else []
+        values = sorted({row[column] for _, row in rows.lines}) if column in rows.header else []
         if len(values) > 1:
             shown = ", ".join(repr(value) for value in values[:8])
             raise ConfigError(
-                f"{path}: column {column}: rows of several engines ({shown}); choose one with --where {column}=VALUE"
+                f"{rows.path}: column {column}: rows of several engines ({shown}); "
+                f"choose one with --where {column}=VALUE"
             )
 
 
-def _known(header: Sequence[str]) -> dict[str, list[str]]:
-    """Columns of a file by the quantity that they hold."""
-    found = {quantity: [name for name in names if name in header] for quantity, names in ALIASES.items()}
-    return {quantity: names for quantity, names in found.items() if names}
-
-
-def _column(
-    path: Path,
-    header: Sequence[str],
-    rows: list[tuple[int, dict[str, str]]],
-    quantity: str,
-    default: float | None = None,
-    positive: bool = True,
-) -> Floats:
-    """(rows,) numbers of a quantity, `default` where blank or absent; without a default that is an error."""
-    names = _known(header).get(quantity, [])
-    if not names and default is None:
-        wanted = " or ".join(ALIASES[quantity])
-        raise ConfigError(f"{path}: missing column {wanted}; columns: {', '.join(header)}")
-    values = []
-    for line, row in rows:
-        name, text = next(((name, row[name]) for name in names if row[name].strip()), (quantity, ""))
-        if not text:
-            if default is None:
-                raise ConfigError(f"{path}: line {line}: {names[0]} is blank, expected a number")
-            values.append(default)
-            continue
-        try:
-            value = float(text)
-        except ValueError:
-            raise ConfigError(f"{path}: line {line}: {name}: expected a number, got {text!r}") from None
-        if not math.isfinite(value) or value < 0.0 or (positive and value == 0.0):
-            least = "above 0" if positive else "of at least 0"
-            raise ConfigError(f"{path}: line {line}: {name}: expected a number {least}, got {text}")
-        values.append(value)
-    return np.array(values)
-
-
-def _step_times(path: Path, header: list[str], rows: list[tuple[int, dict[str, str]]]) -> StepTimes:
-    def column(quantity: str, default: float | None = None, positive: bool = False) -> Floats:
-        return _column(path, header, rows, quantity, default, positive)
+def _step_times(rows: Rows) -> StepTimes:
+    def column(quantity: str, default: float | None = None) -> Floats:
+        return rows.numbers(ALIASES[quantity], AMOUNT, default)
 
     prefill = column("prefill_tokens")
     chunk = prefill / np.maximum(column("prefill_requests", 1.0), 1.0)
     attention = prefill * (column("prefix_tokens", 0.0) + chunk / 2)
     decodes = column("decode_requests")
     design = np.column_stack([np.ones(len(rows)), prefill, decodes, decodes * column("context_tokens"), attention])
-    return StepTimes(design, {"step": column("step_ms", positive=True) * 1e-3})
+    return StepTimes(design, {"step": rows.numbers(ALIASES["step_ms"], MILLISECONDS) * 1e-3})
 
 
-def _loop_table(
-    path: Path, header: list[str], rows: list[tuple[int, dict[str, str]]], limits: Limits
-) -> LoopLatencyTable:
-    def column(quantity: str, default: float | None = None) -> Floats:
-        return _column(path, header, rows, quantity, default)
+def _loop_table(rows: Rows, limits: Limits) -> LoopLatencyTable:
+    def column(quantity: str, within: Range, default: float | None = None) -> Floats:
+        return rows.numbers(ALIASES[quantity], within, default)
 
-    measured = {"tpot": column("tpot_ms") * 1e-3, "ttft": column("ttft_ms") * 1e-3}
-    if "ttft_p90_ms" in _known(header):
-        measured["ttft_p90"] = column("ttft_p90_ms", math.nan) * 1e-3
+    measured = {"tpot": column("tpot_ms", MILLISECONDS) * 1e-3, "ttft": column("ttft_ms", MILLISECONDS) * 1e-3}
+    if "ttft_p90_ms" in rows.header:
+        measured["ttft_p90"] = column("ttft_p90_ms", MILLISECONDS, math.nan) * 1e-3
     protocols = None
-    if "requests_per_client" in _known(header):
-        counts = column("requests_per_client")
-        spreads = _column(path, header, rows, "length_spread", 0.0, positive=False)
+    if "requests_per_client" in rows.header:
+        counts = column("requests_per_client", PER_CLIENT)
+        spreads = column("length_spread", SPREAD, 0.0)
         protocols = tuple(
             LoadProtocol(requests_per_client=int(count), length_spread=float(spread))
             for count, spread in zip(counts, spreads, strict=True)
         )
     table = LoopLatencyTable(
-        prompt_tokens=column("prompt_tokens").astype(np.int64),
-        output_tokens=column("output_tokens").astype(np.int64),
-        concurrency=column("concurrency").astype(np.int64),
+        prompt_tokens=column("prompt_tokens", COUNT).astype(np.int64),
+        output_tokens=column("output_tokens", COUNT).astype(np.int64),
+        concurrency=column("concurrency", CLIENTS).astype(np.int64),
         measured=measured,
         protocols=protocols,
         kv_capacity_tokens=limits.kv_capacity_tokens,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
     )
-    for row, (line, _) in enumerate(rows):
+    for row, (line, _) in enumerate(rows.lines):
         needed = int(table.prompt_tokens[row] + table.output_tokens[row])
         if needed > limits.kv_capacity_tokens:
             raise ConfigError(
-                f"{path}: line {line}: a request of {needed:,} tokens can never fit the KV cache of "
+                f"{rows.path}: line {line}: a request of {needed:,} tokens can never fit the KV cache of "
                 f"{limits.kv_capacity_tokens:,} tokens"
             )
     return table

@@ -5,71 +5,46 @@ Importing this module must stay cheap: the work is imported inside the commands.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training.console import check_writable, one_sentence_errors, say, write_whole
+from training import profile_options as options
+from training.console import check_writable, one_sentence_errors, progress_bar, say, write_json
 
 if TYPE_CHECKING:
     from policies.engine import EngineProfile
     from training.measurements import Measured
-    from training.profile_fit import ErrorRow, Fit, Progress, Unknowns
+    from training.profile_fit import ErrorRow, Fit, Unknowns
 
 app = typer.Typer(help="Make engine profiles, and see how far they are from measurements.", no_args_is_help=True)
 
 REQUESTS_PER_CLIENT = 10
 """Assumed by `validate` where neither the file nor an option says it."""
-_BASE_HELP = "Profile that gives what is not measured: GPUs, limits, cold start, price. A shipped name or a YAML file."
-_Base = Annotated[str, typer.Option("--base", help=_BASE_HELP)]
-_Out = Annotated[Path, typer.Option("--out", "-o", help="Profile to write, YAML.")]
-_Name = Annotated[str | None, typer.Option("--name", help="Name of the profile; that of the file when left out.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write every figure as JSON to this file.")]
-_Report = Annotated[Path | None, typer.Option("--report", help="Write tables and plots to this HTML file.")]
-_Where = Annotated[list[str] | None, typer.Option("--where", help="Keep rows with COLUMN=VALUE; repeatable.")]
-_Fix = Annotated[
-    list[str] | None, typer.Option("--fix", help="COEFFICIENT=VALUE, given rather than fitted; repeatable.")
-]
-_Folds = Annotated[int, typer.Option("--folds", min=0, max=50, help="Parts held out in turn; 0: none.")]
-_Bootstrap = Annotated[int, typer.Option("--bootstrap", min=0, help="Refits for the coefficients' intervals; 0: none.")]
-_Seed = Annotated[int, typer.Option("--seed", min=0, help="Of folds and bootstrap.")]
-_KvTokens = Annotated[
-    int | None, typer.Option("--kv-tokens", min=16, help="KV cache capacity; the base's if left out.")
-]
-_Budget = Annotated[
-    int | None, typer.Option("--max-num-batched-tokens", min=16, help="Token budget of the engine measured.")
-]
-_Seqs = Annotated[int | None, typer.Option("--max-num-seqs", min=1, max=4096, help="Largest batch of the engine.")]
-_PerClient = Annotated[
-    int | None,
-    typer.Option("--requests-per-client", min=1, max=1000, help="How published closed loops were run, where known."),
-]
-_Url = Annotated[str, typer.Option("--url", help="Address of an OpenAI-compatible engine, one replica.")]
-_Model = Annotated[str | None, typer.Option("--model", help="Model name to ask for; the first listed if left out.")]
+MOST_CLIENTS = 4096
+"""Of a sweep: the largest batch that a profile may have."""
 
 
 @app.command()
 @one_sentence_errors
 def fit(
     data: Annotated[Path, typer.Argument(help="CSV of step times, or of closed-loop TTFT and TPOT.")],
-    base: _Base,
-    out: _Out,
-    name: _Name = None,
-    where: _Where = None,
-    fix: _Fix = None,
-    kv_tokens: _KvTokens = None,
-    max_num_batched_tokens: _Budget = None,
-    max_num_seqs: _Seqs = None,
-    requests_per_client: _PerClient = None,
-    folds: _Folds = 5,
-    bootstrap: _Bootstrap = 40,
-    seed: _Seed = 0,
-    report: _Report = None,
-    json_file: _Json = None,
+    base: options.Base,
+    out: options.Out,
+    name: options.Name = None,
+    where: options.Where = None,
+    fix: options.Fix = None,
+    kv_tokens: options.KvTokens = None,
+    max_num_batched_tokens: options.Budget = None,
+    max_num_seqs: options.Seqs = None,
+    requests_per_client: options.PerClient = None,
+    folds: options.Folds = 5,
+    bootstrap: options.Bootstrap = 40,
+    seed: options.Seed = 0,
+    report: options.Report = None,
+    json_file: options.Json = None,
 ) -> None:
     """Fit a profile to measured step times or closed-loop latencies.
 
@@ -79,12 +54,13 @@ def fit(
     from policies.spec import find_engine
     from training.measurements import read_measurements
 
-    check_writable(out, report, json_file)
+    options.check_outputs(out, report, json_file, inputs=[data])
     profile = find_engine(base, Path())
     limits = _limits(profile, kv_tokens, max_num_batched_tokens, None)
-    table = read_measurements(data, limits, _pairs(where, "--where"))
+    fixed = options.numbers(fix)
+    table = read_measurements(data, limits, options.pairs(where, "--where"))
     unknowns = _unknowns(table, max_num_batched_tokens, requests_per_client)
-    found = _fit(table, unknowns, profile, _numbers(fix), folds, bootstrap, seed)
+    found = _fit(table, unknowns, profile, fixed, folds, bootstrap, seed)
     changes = {
         "kv_capacity_tokens": kv_tokens,
         "max_num_batched_tokens": max_num_batched_tokens or found.conditions.max_num_batched_tokens,
@@ -99,8 +75,8 @@ def fit(
 def from_aiconfigurator(
     model: Annotated[str, typer.Option("--model", help="Model, such as meta-llama/Llama-3.1-8B.")],
     system: Annotated[str, typer.Option("--system", help="GPU system, such as h100_sxm.")],
-    base: _Base,
-    out: _Out,
+    base: options.Base,
+    out: options.Out,
     backend: Annotated[str, typer.Option("--backend", help="vllm, sglang or trtllm.")] = "vllm",
     backend_version: Annotated[
         str | None, typer.Option("--backend-version", help="Version of the tables; the current one when left out.")
@@ -110,13 +86,13 @@ def from_aiconfigurator(
         str | None,
         typer.Option("--precision", help="Of the matrix products, such as fp8; the model's own if left out."),
     ] = None,
-    name: _Name = None,
-    max_num_batched_tokens: _Budget = None,
-    max_num_seqs: _Seqs = None,
-    folds: _Folds = 5,
-    seed: _Seed = 0,
-    report: _Report = None,
-    json_file: _Json = None,
+    name: options.Name = None,
+    max_num_batched_tokens: options.Budget = None,
+    max_num_seqs: options.Seqs = None,
+    folds: options.Folds = 5,
+    seed: options.Seed = 0,
+    report: options.Report = None,
+    json_file: options.Json = None,
 ) -> None:
     """Make a profile from aiconfigurator's estimates, for any pair that it covers.
 
@@ -125,7 +101,7 @@ def from_aiconfigurator(
     from policies.spec import find_engine
     from training.aiconfigurator import estimate
 
-    check_writable(out, report, json_file)
+    options.check_outputs(out, report, json_file)
     profile = find_engine(base, Path())
     seqs = max_num_seqs or profile.max_num_seqs
     budget = max_num_batched_tokens or profile.max_num_batched_tokens
@@ -149,11 +125,11 @@ def from_aiconfigurator(
 @app.command()
 @one_sentence_errors
 def measure(
-    url: _Url,
-    base: _Base,
-    out: _Out,
-    model: _Model = None,
-    name: _Name = None,
+    url: options.Url,
+    base: options.Base,
+    out: options.Out,
+    model: options.Model = None,
+    name: options.Name = None,
     rows: Annotated[
         Path | None, typer.Option("--rows", help="CSV that keeps the measured points; OUT with .csv if left out.")
     ] = None,
@@ -161,15 +137,15 @@ def measure(
     prompt: Annotated[str, typer.Option("--prompt", help="Prompt tokens, comma-separated.")] = "64,256,1024",
     output: Annotated[str, typer.Option("--output", help="Mean output tokens, comma-separated.")] = "32,128",
     max_minutes: Annotated[float, typer.Option("--max-minutes", min=0.01, help="Stop sending after this.")] = 20.0,
-    max_num_batched_tokens: _Budget = None,
-    max_num_seqs: _Seqs = None,
-    kv_tokens: _KvTokens = None,
-    fix: _Fix = None,
-    folds: _Folds = 5,
-    bootstrap: _Bootstrap = 40,
-    seed: _Seed = 0,
-    report: _Report = None,
-    json_file: _Json = None,
+    max_num_batched_tokens: options.Budget = None,
+    max_num_seqs: options.Seqs = None,
+    kv_tokens: options.KvTokens = None,
+    fix: options.Fix = None,
+    folds: options.Folds = 5,
+    bootstrap: options.Bootstrap = 40,
+    seed: options.Seed = 0,
+    report: options.Report = None,
+    json_file: options.Json = None,
 ) -> None:
     """Measure a live engine and fit its profile.
 
@@ -177,20 +153,28 @@ def measure(
     an interruption the same command goes on, and then fits all points.
     """
     from policies.spec import find_engine
-    from training.load_client import Engine
+    from training.load_client import REQUEST_TIMEOUT_S, Engine
     from training.measurements import read_measurements
     from training.profile_measure import Sweep
     from training.profile_measure import measure as sweep_engine
 
     rows = rows or out.with_suffix(".csv")
-    check_writable(out, rows, report, json_file)
+    options.check_outputs(out, rows, report, json_file)
     profile = find_engine(base, Path())
+    fixed = options.numbers(fix)
     sweep = Sweep(
-        _whole(prompt, "--prompt"), _whole(output, "--output"), _whole(concurrency, "--concurrency"), max_minutes
+        options.whole_numbers(prompt, "--prompt"),
+        options.whole_numbers(output, "--output", least=2),
+        options.whole_numbers(concurrency, "--concurrency", most=MOST_CLIENTS),
+        max_minutes,
     )
-    engine = Engine(url, model)
-    with _bar("measuring") as tell:
+    if not rows.exists():
+        sweep.check(fixed)
+    engine = Engine(url, model, request_timeout_s=min(REQUEST_TIMEOUT_S, max_minutes * 60.0))
+    with progress_bar("measuring") as tell:
         result = sweep_engine(engine, sweep, rows, tell)
+    if not result.done:
+        raise ValueError(f"no point was measured within {max_minutes:g} minutes; give it more with --max-minutes")
     say(f"{result.done} of {result.points} points measured, in {rows}")
     if result.done < result.points:
         say(f"note: the time of {max_minutes:g} minutes is over; the same command goes on with the other points")
@@ -199,7 +183,7 @@ def measure(
         say(f"note: the engine does not tell its KV capacity; --kv-tokens sets it, taken from {profile.name} here")
     limits = _limits(profile, capacity, max_num_batched_tokens, max_num_seqs)
     table = read_measurements(rows, limits)
-    found = _fit(table, None, None, _numbers(fix), folds, bootstrap, seed)
+    found = _fit(table, None, None, fixed, folds, bootstrap, seed)
     changes = {
         "model": result.model,
         "kv_capacity_tokens": capacity,
@@ -215,14 +199,14 @@ def measure(
 def validate(
     profile: Annotated[str, typer.Argument(help="Engine profile: a shipped name or a YAML file.")],
     data: Annotated[Path | None, typer.Option("--data", help="CSV of measured rows, as for `fit`.")] = None,
-    where: _Where = None,
-    max_num_batched_tokens: _Budget = None,
-    requests_per_client: _PerClient = None,
+    where: options.Where = None,
+    max_num_batched_tokens: options.Budget = None,
+    requests_per_client: options.PerClient = None,
     replay: Annotated[
         Path | None, typer.Option("--replay", help="Trace to replay on a live engine, with --url.")
     ] = None,
     url: Annotated[str | None, typer.Option("--url", help="Address of the engine, one replica.")] = None,
-    model: _Model = None,
+    model: options.Model = None,
     start: Annotated[float, typer.Option("--from", min=0, help="Start of the slice, seconds into the trace.")] = 0.0,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of the slice.")] = 60.0,
     batch_cap: Annotated[
@@ -230,8 +214,8 @@ def validate(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Live runs per batch cap.")] = 1,
     max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Refuse longer slices.")] = 2000,
-    report: _Report = None,
-    json_file: _Json = None,
+    report: options.Report = None,
+    json_file: options.Json = None,
 ) -> None:
     """Compare a profile with measured rows, or its simulation with a live engine.
 
@@ -242,11 +226,17 @@ def validate(
 
     if (data is None) == (replay is None):
         raise ValueError("expected --data, or --replay with --url")
-    check_writable(report, json_file)
+    check_writable(report, json_file, inputs=[Path(profile), data, replay])
     engine = find_engine(profile, Path())
     if data is not None:
         _validate_rows(
-            engine, data, _pairs(where, "--where"), max_num_batched_tokens, requests_per_client, report, json_file
+            engine,
+            data,
+            options.pairs(where, "--where"),
+            max_num_batched_tokens,
+            requests_per_client,
+            report,
+            json_file,
         )
         return
     if url is None or replay is None:
@@ -262,7 +252,7 @@ def validate(
             f"{replay}: the slice holds {len(sliced):,} requests, more than --max-requests {max_requests:,}"
         )
     caps = batch_cap or [engine.max_num_seqs]
-    with _bar("replaying") as tell:
+    with progress_bar("replaying") as tell:
         comparisons = replay_live(Engine(url, model), sliced, engine, caps, repeats, tell)
     cells = replay_cells(comparisons)
     show(f"{engine.name}: {len(sliced)} requests of {replay.name}", REPLAY_HEADINGS, cells)
@@ -273,7 +263,7 @@ def validate(
         say(f"wrote {report}")
     if json_file is not None:
         rows = [row for comparison in comparisons for row in comparison.rows()]
-        _write_json(json_file, {"profile": engine.name, "trace": replay.name, "rows": rows})
+        write_json(json_file, {"profile": engine.name, "trace": replay.name, "rows": rows})
 
 
 def _validate_rows(
@@ -301,7 +291,7 @@ def _validate_rows(
         write_page(report, f"{engine.name} against {data.name}", [("Errors", ERROR_HEADINGS, cells)], plots)
         say(f"wrote {report}")
     if json_file is not None:
-        _write_json(json_file, {"profile": engine.name, "errors": _error_json(errors)})
+        write_json(json_file, {"profile": engine.name, "errors": _error_json(errors)})
 
 
 def _limits(profile: EngineProfile, kv_tokens: int | None, budget: int | None, seqs: int | None) -> Any:
@@ -333,7 +323,7 @@ def _fit(
     from training.profile_fit import AS_STATED, fit_profile
 
     warm_up(say)
-    with _bar("fitting") as tell:
+    with progress_bar("fitting") as tell:
         return fit_profile(
             table,
             unknowns=unknowns or AS_STATED,
@@ -388,7 +378,7 @@ def _deliver(profile: EngineProfile, fit: Fit, out: Path, report: Path | None, j
         write_page(report, f"{profile.name}: fit", tables, scatter(series, fit.table.measured))
         say(f"wrote {report}")
     if json_file is not None:
-        _write_json(
+        write_json(
             json_file,
             {
                 "profile": profile.model_dump(mode="json"),
@@ -405,51 +395,5 @@ def _error_json(errors: Sequence[tuple[str, ErrorRow]]) -> list[dict[str, Any]]:
     return [{"label": label.strip(", "), **asdict(error)} for label, error in errors]
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    say(f"wrote {path}")
-
-
-def _pairs(options: list[str] | None, flag: str) -> dict[str, str]:
-    pairs = {}
-    for option in options or ():
-        key, equals, value = option.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{flag}: expected NAME=VALUE, got {option!r}")
-        pairs[key] = value
-    return pairs
-
-
-def _numbers(options: list[str] | None) -> dict[str, float]:
-    numbers = {}
-    for key, text in _pairs(options, "--fix").items():
-        try:
-            numbers[key] = float(text)
-        except ValueError:
-            raise ValueError(f"--fix: {key}: expected a number, got {text!r}") from None
-        if not 0.0 <= numbers[key] < float("inf"):
-            raise ValueError(f"--fix: {key}: expected a number of at least 0, got {text}")
-    return numbers
-
-
-def _whole(text: str, flag: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag}: expected whole numbers separated by commas, got {text!r}") from None
-    if min(values) < 1 or max(values) > 1_000_000:
-        raise ValueError(f"{flag}: expected numbers of at least 1, got {text!r}")
-    return values
-
-
 def _chosen(where: list[str] | None) -> str:
     return f" ({', '.join(where)})" if where else ""
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Progress]:
-    from training.console import progress_bar
-
-    with progress_bar(label) as tell:
-        yield tell

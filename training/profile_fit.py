@@ -317,6 +317,8 @@ class Search:
         """
         needed = int(self.free.sum()) + 1
         rows = len(self.table)
+        if needed == 1:
+            raise ConfigError("every coefficient is given: nothing is left to fit (`validate` compares a profile)")
         if rows < needed:
             raise ConfigError(
                 f"{rows} rows are too few to fit {needed - 1} coefficients: at least {needed} are needed "
@@ -328,7 +330,9 @@ class Search:
                 f"the rows cannot identify {', '.join(missing)}: they need more than one prompt length, batch size and "
                 "context (or fix it with --fix NAME=VALUE)"
             )
-        if folds and rows - -(-rows // folds) < needed - 1:
+        if folds == 1:
+            raise ConfigError("one fold leaves no row to fit: use two or more, or --folds 0")
+        if folds and (folds > rows or rows - -(-rows // folds) < needed - 1):
             raise ConfigError(f"{rows} rows are too few for {folds} folds: use fewer, or --folds 0")
 
     def choose(self, table: Measured, unknowns: Unknowns) -> tuple[Floats, Conditions]:

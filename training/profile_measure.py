@@ -10,7 +10,7 @@ import csv
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 
 from envs.closed_loop import LoadProtocol, loop_lengths
 from policies.engine import ConfigError
+from training.csv_rows import read_rows
 from training.load_client import Engine, EngineFailed, closed_loop, counter_total, kv_capacity_tokens
+from training.measurements import unidentified
 
 ROW_COLUMNS = (
     "model",
@@ -73,6 +75,19 @@ class Sweep:
         others = [point for point in itertools.product(prompts, outputs, clients) if point not in corners]
         order = np.random.default_rng(0).permutation(len(others))
         return corners + [others[index] for index in order]
+
+    def check(self, fixed: Collection[str]) -> None:
+        """Refuse a sweep that cannot tell the coefficients that are not `fixed`.
+
+        Raises:
+            ConfigError: naming them and what helps.
+        """
+        missing = [name for name in unidentified(self.prompt_tokens, self.concurrency) if name not in fixed]
+        if missing:
+            raise ConfigError(
+                f"the sweep cannot identify {', '.join(missing)}: give --prompt and --concurrency two values or more "
+                "(or --fix NAME=VALUE)"
+            )
 
 
 @dataclass(frozen=True)
@@ -178,32 +193,38 @@ def _seed(point: Point) -> int:
 
 
 def _rows_done(rows_file: Path, model: str) -> set[Point]:
-    if not rows_file.exists():
+    """Points that the file holds; an empty file holds none."""
+    if not rows_file.exists() or not rows_file.stat().st_size:
         return set()
-    with rows_file.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if tuple(reader.fieldnames or ()) != ROW_COLUMNS:
-            raise ConfigError(f"{rows_file}: is no table of a sweep; name another file with --rows")
-        done = set()
-        for row in reader:
-            if row["model"] != model:
-                raise ConfigError(
-                    f"{rows_file}: line {reader.line_num}: was measured on {row['model']!r}, the engine serves "
-                    f"{model!r}; name another file with --rows"
-                )
-            try:
-                done.add((int(row["prompt_tokens"]), int(row["output_tokens"]), int(row["concurrency"])))
-            except (TypeError, ValueError):
-                raise ConfigError(f"{rows_file}: line {reader.line_num}: is damaged; remove that line") from None
+    rows = read_rows(rows_file)
+    if rows.header != ROW_COLUMNS:
+        raise ConfigError(f"{rows_file}: is no table of a sweep; name another file with --rows")
+    done = set()
+    for line, row in rows.lines:
+        if row["model"] != model:
+            raise ConfigError(
+                f"{rows_file}: line {line}: was measured on {row['model']!r}, the engine serves {model!r}; "
+                "name another file with --rows"
+            )
+        try:
+            prompt, output, concurrency = (int(row[name]) for name in ROW_COLUMNS[1:4])
+            whole = all(float(row[name]) >= 0.0 for name in ROW_COLUMNS[4:])
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ConfigError(f"{rows_file}: line {line}: is damaged; remove that line and run the same command again")
+        done.add((prompt, output, concurrency))
     return done
 
 
 def _append(rows_file: Path, row: dict[str, object]) -> None:
-    new = not rows_file.exists()
+    before = rows_file.read_bytes() if rows_file.exists() else b""
     with rows_file.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, ROW_COLUMNS)
-        if new:
+        if not before:
             writer.writeheader()
+        elif not before.endswith((b"\n", b"\r")):
+            out.write("\n")
         writer.writerow(row)
         out.flush()
         os.fsync(out.fileno())

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from policies.contract import Floats
 from policies.engine import EngineProfile
-from training.console import write_whole
+from policies.files import write_text
 from training.measurements import COEFFICIENTS, QUANTITIES
 from training.profile_fit import ErrorRow, Fit, coefficients_of
 from training.profile_replay import Comparison
@@ -193,7 +193,7 @@ def write_page(
     parts += [figure.to_html(full_html=False, include_plotlyjs=False) for figure in figures]
     parts.append("</main></body></html>")
     page = "\n".join(parts)
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 def write_profile(path: Path, profile: EngineProfile, notes: Sequence[str]) -> None:
@@ -206,4 +206,4 @@ def write_profile(path: Path, profile: EngineProfile, notes: Sequence[str]) -> N
     text = "".join(f"# {note}\n" for note in notes) + yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True, width=110
     )
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)

@@ -23,6 +23,7 @@ _SOURCES = (
     "training/clairvoyant.py",
     "training/replay.py",
     "training/scores.py",
+    "training/studies.py",
     "training/timetable.py",
     "training/tuning.py",
 )

@@ -13,9 +13,16 @@ KV_BLOCKS, BLOCK_TOKENS = 500, 16
 
 
 class FakeEngine:
-    """Counts what it serves; `dies_after` completions it drops every connection."""
+    """Counts what it serves; `dies_after` completions it drops every connection.
 
-    def __init__(self, dies_after=None, honours_lengths=True, takes_token_ids=True, metrics=True):
+    `listing` and `answer`, a status and a body each, are sent in place of models and completions.
+    """
+
+    def __init__(
+        self, dies_after=None, honours_lengths=True, takes_token_ids=True, metrics=True, listing=None, answer=None
+    ):
+        self.listing = listing
+        self.answer = answer
         self.dies_after = dies_after
         self.honours_lengths = honours_lengths
         self.takes_token_ids = takes_token_ids
@@ -26,6 +33,8 @@ class FakeEngine:
         self._work = None
 
     async def completions(self, request):
+        if self.answer is not None:
+            return web.Response(status=self.answer[0], body=self.answer[1])
         body = await request.json()
         prompt = body["prompt"]
         if isinstance(prompt, list) and not self.takes_token_ids:
@@ -49,6 +58,8 @@ class FakeEngine:
         return answer
 
     async def models(self, request):
+        if self.listing is not None:
+            return web.Response(status=self.listing[0], body=self.listing[1])
         return web.json_response({"data": [{"id": "fake-model"}]})
 
     async def metrics(self, request):

@@ -179,8 +179,8 @@ def test_what_if_refuses_bad_numbers_in_one_sentence(log):
 
 
 def test_tune_prints_the_settings_and_writes_them(suite, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.tuning.TRIALS_PER_PARAMETER", 0)
-    monkeypatch.setattr("training.tuning.WIDENINGS", 0)
+    monkeypatch.setattr("training.studies.TRIALS_PER_PARAMETER", 0)
+    monkeypatch.setattr("training.studies.WIDENINGS", 0)
     out = tmp_path / "tuned.json"
     options = ("--policy", "static", "--cache", tmp_path / "cache", "--json", out, "--jobs", 1)
     result = call("tune", "--suite", suite, *options)

@@ -8,6 +8,8 @@ from training.measurements import Limits, LoopLatencyTable, StepTimes, read_meas
 LIMITS = Limits(kv_capacity_tokens=100_000, max_num_batched_tokens=2048)
 LOOPS = "isl,osl,silicon_concurrency,batch_size,silicon_ttft_ms,silicon_tpot_ms\n"
 
+SWEPT = "prompt_tokens,output_tokens,concurrency,ttft_ms,tpot_ms,requests_per_client,length_spread\n"
+
 
 def written(tmp_path, text):
     path = tmp_path / "rows.csv"
@@ -53,16 +55,27 @@ def test_rows_of_one_engine_can_be_chosen(tmp_path):
     ("text", "sentence"),
     [
         ("isl,osl,concurrency,tpot_ms\n1,2,3,4\n", "missing column ttft_ms or silicon_ttft_ms"),
-        (LOOPS + "64,8,1,1,-5,8\n", "line 2: silicon_ttft_ms: expected a number above 0, got -5"),
-        (LOOPS + "64,8,1,1,5,0\n", "line 2: silicon_tpot_ms: expected a number above 0, got 0"),
+        (LOOPS + "64,8,1,1,-5,8\n", "line 2: silicon_ttft_ms: expected a number of milliseconds above 0.*, got -5"),
+        (LOOPS + "64,8,1,1,5,0\n", "line 2: silicon_tpot_ms: expected a number of milliseconds above 0.*, got 0"),
         (LOOPS + "64,8,1,1,5,8\n64,x,1,1,5,8\n", "line 3: osl: expected a number, got 'x'"),
         (LOOPS + "64,8,1,1,,8\n", "line 2: silicon_ttft_ms is blank, expected a number"),
-        (LOOPS + "64,8,1,1,nan,8\n", "line 2: silicon_ttft_ms: expected a number above 0, got nan"),
-        (LOOPS, "no row"),
+        (LOOPS + "64,8,1,1,nan,8\n", "line 2: silicon_ttft_ms: expected a number of milliseconds above 0.*, got nan"),
+        (LOOPS + "64,8,1,1,inf,8\n", "line 2: silicon_ttft_ms: expected a number of milliseconds above 0.*, got inf"),
+        (LOOPS + "0.4,8,1,1,5,8\n", "line 2: isl: expected a number from 1 to a billion, got 0.4"),
+        (LOOPS + "64,8,1e9,1,5,8\n", "line 2: silicon_concurrency: expected a number from 1 to 65,536, got 1e9"),
+        (LOOPS + "64,8,1,1,5\n", "line 2: silicon_tpot_ms is blank, expected a number"),
+        (LOOPS + "64,8,1,1,5,8,5\n", "line 2: has more cells than the header has columns"),
+        (LOOPS + '64,8,1,1,"5,5",8\n', "line 2: silicon_ttft_ms: expected a number, got '5,5'"),
+        (SWEPT + "64,8,1,5,8,2000,0\n", "line 2: requests_per_client: expected a number from 1 to 1,000, got 2000"),
+        (SWEPT + "64,8,1,5,8,4,1\n", "line 2: length_spread: expected a share from 0 to 0.9, got 1"),
+        ("", "is empty, expected a CSV with a header"),
+        ("a,b\n1,2\n", r"neither step times \(column step_ms\) nor closed loops .* commas; columns: a, b"),
+        ("step_ms,step_ms\n1,2\n", "column 'step_ms' stands twice in the header"),
+        (LOOPS, "no row below the header"),
         (LOOPS + "99000,2000,1,1,5,8\n", "line 2: a request of 101,000 tokens can never fit"),
         (
             "prefill_tokens,decode_batch,context,t_ms\n-1,1,1,1\n",
-            "line 2: prefill_tokens: expected a number of at least 0",
+            "line 2: prefill_tokens: expected a number from 0 to a billion, got -1",
         ),
     ],
 )
@@ -74,3 +87,23 @@ def test_a_bad_table_is_refused_in_a_sentence(tmp_path, text, sentence):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.csv: no such file"):
         read_measurements(tmp_path / "nothing.csv", LIMITS)
+
+
+@pytest.mark.parametrize("content", [LOOPS.encode("utf-16"), bytes(range(256)), b"step_ms\n\xe9\n"])
+def test_a_file_that_is_no_text_is_named(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"rows\.csv: cannot be read as CSV: is no UTF-8 text"):
+        read_measurements(tmp_path / "rows.csv", LIMITS)
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read as CSV: Is a directory$"):
+        read_measurements(tmp_path, LIMITS)
+
+
+def test_files_of_other_systems_are_read_alike(tmp_path):
+    text = "isl, osl, concurrency, ttft_ms, tpot_ms\r\n1024, 128, 8, 190.5, 7.9\r\n"
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    table = read_measurements(tmp_path / "rows.csv", LIMITS)
+    assert isinstance(table, LoopLatencyTable)
+    assert (table.prompt_tokens.tolist(), table.concurrency.tolist()) == ([1024], [8])

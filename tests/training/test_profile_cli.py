@@ -12,8 +12,10 @@ from envs.traces import Trace, write_trace
 from policies.engine import load_engine
 from training.cli import app
 from training.measurements import COEFFICIENTS
+from training.profile_measure import SweepResult
 
 BASE = ("--base", "llama-3.1-8b-h100")
+MEASURE = ("measure", "--url", "http://127.0.0.1:1", *BASE)
 
 
 def call(*arguments):
@@ -103,6 +105,24 @@ def test_measure_and_replay_run_against_an_engine(tmp_path):
             ("measure", "--url", "http://127.0.0.1:1", *BASE, "--out", "x.yaml"),
             "error: http://127.0.0.1:1: the engine is",
         ),
+        (
+            (*MEASURE, "--out", "x.yaml", "--prompt", "64"),
+            "error: the sweep cannot identify d_us_per_1k_kv_tokens, e_ns",
+        ),
+        ((*MEASURE, "--out", "x.yaml", "--output", "1"), "error: --output: expected numbers from 2 to 1,000,000"),
+        (
+            (*MEASURE, "--out", "x.yaml", "--concurrency", "1,5000"),
+            "error: --concurrency: expected numbers from 1 to 4,",
+        ),
+        ((*MEASURE, "--out", "x.yaml", "--rows", "x.yaml"), "error: x.yaml: is named twice"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a=1"), "error: --fix: no coefficient 'a'; coefficients: a_ms, b_us"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a_ms"), "error: --fix: expected NAME=VALUE, got 'a_ms'"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a_ms=x"), "error: --fix: a_ms: expected a number, got 'x'"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a_ms=0"), "error: --fix: a_ms: expected a number above 0"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a_ms=nan"), "error: --fix: a_ms: expected a number above 0"),
+        ((*MEASURE, "--out", "x.yaml", "--fix", "a_ms=1", "--fix", "a_ms=2"), "error: --fix: a_ms is given twice"),
+        ((*MEASURE, "--out", "x.csv"), "error: x.csv: expected a name that ends in .yaml"),
+        ((*MEASURE, "--out", "/proc/x.yaml"), "error: /proc/x.yaml: cannot be written: "),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch):
@@ -119,3 +139,37 @@ def test_too_few_rows_are_one_sentence(steps, tmp_path):
     assert result.exit_code == 2
     assert "error: 3 rows are too few to fit 5 coefficients" in result.output
     assert not (tmp_path / "x.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--folds", 1), "error: one fold leaves no row to fit: use two or more, or --folds 0"),
+        (("--folds", 25), "error: 24 rows are too few for 25 folds: use fewer, or --folds 0"),
+        ([f"--fix={name}=1" for name in COEFFICIENTS], "error: every coefficient is given: nothing is left to fit"),
+    ],
+)
+def test_a_fit_that_makes_no_sense_is_one_sentence(steps, tmp_path, options, sentence):
+    result = call("fit", steps, *BASE, "--out", tmp_path / "x.yaml", *options)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert not (tmp_path / "x.yaml").exists()
+
+
+def test_results_never_overwrite_the_data(steps, tmp_path):
+    before = steps.read_text()
+    for command in (
+        ("fit", steps, *BASE, "--out", tmp_path / "x.yaml", "--json", tmp_path / "." / "steps.csv"),
+        ("validate", "llama-3.1-8b-h100", "--data", steps, "--report", steps),
+    ):
+        result = call(*command)
+        assert result.exit_code == 2
+        assert "steps.csv: is named twice, and would overwrite" in result.output
+    assert steps.read_text() == before
+
+
+def test_a_sweep_without_a_single_point_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.profile_measure.measure", lambda *_: SweepResult("fake-model", 0, 8, None))
+    result = call(*MEASURE, "--out", tmp_path / "x.yaml", "--max-minutes", 1)
+    assert result.exit_code == 2
+    assert "error: no point was measured within 1 minutes; give it more with --max-minutes" in result.output

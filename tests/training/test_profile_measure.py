@@ -136,3 +136,87 @@ def test_a_replay_that_cannot_fit_is_refused_before_any_load():
         replay(Engine("http://127.0.0.1:1"), trace, profile, [1])
     with pytest.raises(ConfigError, match="has no request in the slice"):
         replay(Engine("http://127.0.0.1:1"), Trace.from_arrays([], [], []), profile, [1])
+
+
+def event(usage):
+    return b'data: {"choices": [1], "usage": ' + usage + b"}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        (FakeEngine(listing=(404, b"")), "answered 404 to /v1/models"),
+        (FakeEngine(listing=(200, b"<html>")), "/v1/models lists no model; name one with --model"),
+        (FakeEngine(listing=(200, b"[1]")), "/v1/models lists no model"),
+        (FakeEngine(listing=(200, b'{"data": [{}]}')), "/v1/models lists no model"),
+        (FakeEngine(listing=(200, bytes(range(256)))), "/v1/models lists no model"),
+        (FakeEngine(answer=(500, b"<html>\n<b>boom")), "answered 500 to a completion request: <html> <b>boom"),
+        (FakeEngine(answer=(200, b"<html>")), "a stream ended without tokens"),
+        (FakeEngine(answer=(200, b"data: <html>\n\n")), "streams no OpenAI completion events"),
+        (FakeEngine(answer=(200, b"data: [1]\n\n")), "streams no OpenAI completion events"),
+        (FakeEngine(answer=(200, b"data: \xff\n\n")), "streams no OpenAI completion events"),
+        (FakeEngine(answer=(200, b"data: " + b"x" * 2_000_000)), "streams no OpenAI completion events"),
+        (FakeEngine(answer=(200, event(b'{"tokens": 1}'))), "streams no OpenAI completion events"),
+        (FakeEngine(answer=(200, event(b'{"prompt_tokens": null}'))), "streams no OpenAI completion events"),
+        (
+            FakeEngine(answer=(200, event(b'{"prompt_tokens": 0, "completion_tokens": 1}'))),
+            "the usage report of a stream counts no prompt tokens",
+        ),
+    ],
+)
+def test_an_address_that_is_no_engine_is_refused_in_a_sentence(tmp_path, engine, sentence):
+    with running(engine) as url, pytest.raises(EngineFailed, match=rf"^{url}: .*{sentence}"):
+        measure(Engine(url), SWEEP, tmp_path / "rows.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_never_answers_is_given_up(tmp_path):
+    async def measured():
+        silent = await asyncio.start_server(lambda reader, writer: reader.read(), "127.0.0.1", 0)
+        port = silent.sockets[0].getsockname()[1]
+        async with silent, Engine(f"http://127.0.0.1:{port}", "a-model", request_timeout_s=0.2):
+            pass
+
+    with pytest.raises(EngineFailed, match="no answer in time"):
+        asyncio.run(measured())
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """The rows of a whole sweep."""
+    rows = tmp_path / "rows.csv"
+    with running(FakeEngine()) as url:
+        measure(Engine(url), SWEEP, rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda rows: rows[: rows.rindex(b",16,") + 6], "line 9: is damaged; remove that line"),
+        (lambda rows: rows.replace(b",16,4,1,", b",16,4,x,"), "line 2: is damaged; remove that line"),
+        (lambda rows: rows + rows.splitlines()[-1][:20] + rows.splitlines()[-1], "line 10: has more cells"),
+        (lambda rows: bytes(range(256)), "cannot be read as CSV: is no UTF-8 text"),
+    ],
+)
+def test_damaged_rows_are_refused_and_left_alone(swept, damage, sentence):
+    swept.write_bytes(damage(swept.read_bytes()))
+    before = swept.read_bytes()
+    with running(FakeEngine()) as url, pytest.raises(ConfigError, match=sentence):
+        measure(Engine(url), SWEEP, swept)
+    assert swept.read_bytes() == before
+
+
+@pytest.mark.parametrize("edit", [bytes.rstrip, lambda rows: b"\xef\xbb\xbf" + rows])
+def test_rows_that_an_editor_saved_go_on(swept, edit):
+    swept.write_bytes(edit(swept.read_bytes()))
+    more = Sweep([16, 200], [4, 12], [1, 2, 4], max_minutes=5)
+    with running(FakeEngine()) as url:
+        assert measure(Engine(url), more, swept).done == 12
+    assert len(read_measurements(swept, Limits(8000, 2048))) == 12
+
+
+def test_an_empty_file_of_rows_is_a_new_one(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    with running(FakeEngine()) as url:
+        assert measure(Engine(url), SWEEP, tmp_path / "rows.csv").done == 8

@@ -1,4 +1,6 @@
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 from worlds import chat
@@ -6,10 +8,11 @@ from worlds import chat
 from policies.baselines.parameters import Parameter
 from policies.engine import ConfigError
 from policies.lineup import reference_of
-from training import tuning
+from training import result_cache, studies
 from training.evaluate import evaluate
 from training.result_cache import ResultCache
-from training.tuning import BATCH, Question, parameters_for, trials_for, try_settings, tune
+from training.studies import BATCH, trials_for
+from training.tuning import Question, parameters_for, try_settings, tune
 from training.workers import InProcess
 
 
@@ -30,8 +33,8 @@ class Counting(InProcess):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(tuning, "TRIALS_PER_PARAMETER", 0)
-    monkeypatch.setattr(tuning, "WIDENINGS", 1)
+    monkeypatch.setattr(studies, "TRIALS_PER_PARAMETER", 0)
+    monkeypatch.setattr(studies, "WIDENINGS", 1)
 
 
 QUESTION = Question(chat(), "token-demand", "train")
@@ -52,7 +55,7 @@ def test_side_by_side_settings_score_as_each_alone():
 
 
 def test_a_study_that_was_cut_off_goes_on_and_ends_the_same(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "TRIALS_PER_PARAMETER", BATCH)
+    monkeypatch.setattr(studies, "TRIALS_PER_PARAMETER", BATCH)
     questions = [Question(chat(), "static", "hindsight")]
     (whole,) = tune(questions, InProcess(), ResultCache(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
@@ -96,8 +99,8 @@ def test_more_parameters_get_more_trials_up_to_a_limit():
 )
 def test_an_optimum_on_an_edge_widens_the_range_unless_nothing_lies_beyond(item, value, edge, wider):
     span = (item.low, item.high)
-    assert tuning._edge(item, span, {"x": value}) == edge
-    assert tuning._widened(item, span, edge) == wider
+    assert studies._edge(item, span, {"x": value}) == edge
+    assert studies._widened(item, span, edge) == wider
 
 
 def test_the_train_slice_is_other_traffic_than_what_is_judged():
@@ -134,3 +137,17 @@ def test_a_recorded_scenario_must_say_what_to_tune_on(tmp_path):
     scenario = chat(trace={"file": tmp_path / "x.csv"})
     with pytest.raises(ConfigError, match="tuning on a recorded trace needs train_slice"):
         tune([Question(scenario, "hpa", "train")], InProcess(), ResultCache(None))
+
+
+def test_the_digest_covers_every_module_that_a_kept_result_comes_from():
+    root = Path(result_cache.__file__).parent
+    beside = {"console", "result_cache", "scenarios", "timeline", "workers"}  # where work runs; its key says the rest
+    found, waiting = set(), ["tuning", "clairvoyant"]
+    while waiting:
+        name = waiting.pop()
+        found.add(f"training/{name}.py")
+        tree = ast.parse((root / f"{name}.py").read_text())
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported = {module.removeprefix("training.") for module in modules if module.startswith("training.")}
+        waiting += [name for name in imported - beside if f"training/{name}.py" not in found]
+    assert found == {source for source in result_cache._SOURCES if source.startswith("training/")}
