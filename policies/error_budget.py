@@ -53,6 +53,7 @@ class ErrorBudget(Durable):
         rise: dial units per hour and unit of burn rate above `aim`.
         most: largest burn rate above `aim` that counts; the dial falls by at most `aim` times `rise` an hour.
         aim: share of the allowance that may be spent: what is left absorbs the next burst.
+        start: offset of the dial before anything is known.
     """
 
     TRAFFIC_MEMORY_S = 3600.0
@@ -66,6 +67,7 @@ class ErrorBudget(Durable):
         rise: float = 2.0,
         most: float = 2.0,
         aim: float = 0.5,
+        start: float = 0.0,
     ) -> None:
         self.fleet = fleet
         self.low = low
@@ -74,15 +76,17 @@ class ErrorBudget(Durable):
         self.rise = rise
         self.most = most
         self.aim = aim
+        self.start = float(np.clip(start, low, high))
         n = len(fleet)
-        self.dial = np.zeros(n)
+        self.dial = np.full(n, self.start)
         self._missed, self._missed_s = np.zeros(n), np.zeros(n)
         self._counted, self._counted_s = np.zeros(n), np.zeros(n)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = slice(None) if services is None else services
-        for array in (self.dial, self._missed, self._missed_s, self._counted, self._counted_s):
+        self.dial[rows] = self.start
+        for array in (self._missed, self._missed_s, self._counted, self._counted_s):
             array[rows] = 0.0
 
     def restore(self, state: State) -> None:

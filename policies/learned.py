@@ -36,7 +36,9 @@ MEMBERS = ("manifest.json", "policy.onnx")
 AIM = 0.9
 """Share of the error budget that may be spent."""
 RISE = 2.0
-"""Log of the price of a miss, by which missing an hour's budget at once raises it."""
+"""What missing an hour's budget adds to the log of the price of a miss."""
+FIRST_MISS_PRICE = 10.0
+"""Price of a miss before anything is known of a service, in costs of serving a request."""
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -164,8 +166,8 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, starts in the middle of its trained range and follows the error
-    budget: missing as many as an hour allows raises it about as much as an hour without a miss lowers it.
+    The dial of the network, the price of a miss, follows the error budget within its trained range: missing as many as
+    an hour allows raises it about as much as an hour without a miss lowers it.
 
     Args:
         bundle: verified weights and manifest.
@@ -200,8 +202,17 @@ class LearnedPolicy(Durable):
             raise BundleMismatch(f"{bundle.source}: the network cannot be run: {reason}") from None
         self._fleet = fleet
         self._interface = interface
-        span = bundle.manifest.log_miss_price_span
-        self._budget = ErrorBudget(fleet, -span, span, memory_s=0.0, rise=RISE, most=math.inf, aim=AIM)
+        middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
+        self._budget = ErrorBudget(
+            fleet,
+            -span,
+            span,
+            memory_s=0.0,
+            rise=RISE,
+            most=math.inf,
+            aim=AIM,
+            start=math.log(FIRST_MISS_PRICE) - middle,
+        )
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""

@@ -142,6 +142,14 @@ def test_it_rests_where_the_aim_is_missed(attained: float, expected: float) -> N
     assert after(lasting(), WINDOWS_PER_HOUR, attained) == pytest.approx(expected, abs=1e-9)
 
 
+def test_it_starts_where_it_is_told_within_its_bounds_and_returns_there() -> None:
+    inside, outside = lasting(start=-0.5), lasting(start=40.0)
+    assert (inside.dial.tolist(), outside.dial.tolist()) == ([-0.5], [10.0])
+    after(inside, 10, 0.9)
+    inside.reset()
+    assert inside.dial.tolist() == [-0.5]
+
+
 def test_requests_that_wait_too_long_while_nothing_finishes_are_missed() -> None:
     dial = lasting()
     for _ in range(100):
