@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from envs import fleet_step
-from envs.fleet_step import POOL_COLUMNS, SERVICE_COLUMNS
+from envs import window_step
 from envs.library import RequestLibrary
 from envs.state import (
     BOOT_BINS,
@@ -27,6 +26,7 @@ from envs.state import (
     Records,
 )
 from envs.traces import Trace
+from envs.window_step import POOL_COLUMNS, SERVICE_COLUMNS
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Ints, Snapshot, Target
 from policies.objective import Usage
 from policies.spec import PoolSpec, ScalingSpec, WindowSpec
@@ -252,7 +252,7 @@ class SimulatedCluster:
         pool[services] = pool_records
         arrays.service["ttft_slo_s"][services] = ttft_slo_s
         arrays.service["tpot_slo_s"][services] = tpot_slo_s
-        fleet_step.reset_rows(
+        window_step.reset_rows(
             arrays, services, origin_s, first_row, end_row, seeds.astype(np.uint64), replicas.astype(np.int64)
         )
         self._kv_capacity[services] = np.maximum(pool_records["kv_capacity"], 1)
@@ -280,7 +280,7 @@ class SimulatedCluster:
         self._latest = self._latest.renewed(services)
         read_s, *columns = self._latest
         read_s[services] = np.maximum(act_s - self.window.metrics_delay_s, self.arrays.service["now_s"])[services]
-        fleet_step.run_windows(self.arrays, services, read_s, act_s, *columns)
+        window_step.run_windows(self.arrays, services, read_s, act_s, *columns)
         self._moved = None
 
     def _window(self) -> Floats:
@@ -345,7 +345,7 @@ class SimulatedCluster:
         return _usage(latest.read_s - previous.read_s, self._window(), spent, latest.services[S["overdue"]])
 
     def counter(self, name: str) -> Floats:
-        """(n,) a cumulative service counter or level by its name in `envs.fleet_step.SERVICE_COLUMNS`."""
+        """(n,) a cumulative service counter or level by its name in `envs.window_step.SERVICE_COLUMNS`."""
         column: Floats = self._latest.services[S[name]]
         return column
 
@@ -353,7 +353,9 @@ class SimulatedCluster:
 
     def apply(self, target: Target) -> None:
         """Carry out an absolute target now."""
-        fleet_step.apply_all(self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap))
+        window_step.apply_all(
+            self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap)
+        )
 
 
 def _usage(span_s: Floats, services: Floats, spent: Floats, overdue: Floats) -> Usage:

@@ -18,7 +18,14 @@ from pathlib import Path
 import numba
 from numba.core import config as numba_config
 
-KERNEL_SOURCES = ("state.py", "engine_step.py", "fleet_step.py")
+KERNEL_SOURCES = (
+    "state.py",
+    "replica_step.py",
+    "engine_step.py",
+    "gateway_step.py",
+    "fleet_step.py",
+    "window_step.py",
+)
 _MARKER = "compiled"
 
 

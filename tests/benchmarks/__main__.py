@@ -144,7 +144,7 @@ def vector_env(bank: ScenarioBank) -> tuple[float, float, float]:
     env = AutoscalingVecEnv(bank, ENVS)
     env.reset()
     actions = np.zeros((ENVS, len(ACTIONS)), np.float32)
-    kernel = cluster_module.fleet_step
+    kernel = cluster_module.window_step
     names = ("run_windows", "apply_all", "reset_rows")
     originals = {name: getattr(kernel, name) for name in names}
     spent = [0.0]
