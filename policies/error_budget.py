@@ -78,7 +78,7 @@ class ErrorBudget(Durable):
         self.aim = aim
         self.start = float(np.clip(start, low, high))
         n = len(fleet)
-        self.dial = np.full(n, self.start)
+        self.dial: Floats = np.full(n, self.start)
         self._missed, self._missed_s = np.zeros(n), np.zeros(n)
         self._counted, self._counted_s = np.zeros(n), np.zeros(n)
 
