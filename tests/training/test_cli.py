@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 import training.evaluate
+from envs.kernel_cache import warm_up
 from training.cli import app
 
 SUITE = {
@@ -21,6 +22,12 @@ SUITE = {
         }
     ],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Once here, so that no command has to say that it compiles."""
+    warm_up(lambda line: None)
 
 
 def call(*arguments):
