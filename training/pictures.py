@@ -34,9 +34,9 @@ STYLE: dict[Any, Any] = {
 """A fixed salt, so that the same figures give the same file."""
 ATTAINED_OVER_S = 120.0
 CURVES = {
-    "score": "validation cost, lower is better",
-    "attainment": "requests in time",
-    "holds_slo_share": "services that hold the SLO",
+    "score": "cost",
+    "attainment": "in time",
+    "holds_slo_share": "hold the SLO",
 }
 
 
@@ -176,7 +176,9 @@ def main(
     target = chosen.scenarios[0].slo.attainment
     save(burst(lines, f"{scenario}: {chosen.scenarios[0].description}", target), out / "burst.svg")
     if curves:
-        save(learning(curves, f"{len(curves)} seeds: mean, lowest and highest"), out / "learning.svg")
+        seeds = "one seed" if len(curves) == 1 else f"{len(curves)} seeds: mean, lowest and highest"
+        title = f"Validation of {seeds}: cost with misses; shares of requests in time, of services that hold the SLO"
+        save(learning(curves, title), out / "learning.svg")
 
 
 if __name__ == "__main__":
