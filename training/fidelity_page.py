@@ -75,6 +75,7 @@ holds ({cached}), and for sets with saturated rows the share of the estimated KV
 list is the most usual and stays, unless another lowers the cost of the fitted rows by more than the standard error of
 its gain over the rows. That is information about the load generator and the engine's flags; who measures with
 `jevons profile measure` has it.
+
 ## Measured sets"""
 
 
