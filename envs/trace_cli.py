@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from policies.files import write_text
+
 if TYPE_CHECKING:
     from envs.traces import Trace
 
@@ -202,10 +204,14 @@ def plot(
 ) -> None:
     """Write a self-contained HTML page: arrivals, dispersion and token counts."""
     from envs.trace_plot import plot_html
+    from envs.traces import TraceError
 
     _check_output(out, force)
     html = plot_html(_read(source), None if window is None else _parse_duration(window))
-    _replace(out, lambda partial: partial.write_text(html, encoding="utf-8"))
+    try:
+        write_text(out, html)
+    except OSError as error:
+        raise TraceError(str(error)) from None
     typer.echo(f"wrote {out}", err=True)
 
 
@@ -233,19 +239,6 @@ def _check_output(out: Path, force: bool) -> None:
         raise TraceError(f"{out}: exists already; choose another name or pass --force")
     if not out.parent.is_dir():
         raise TraceError(f"{out}: the folder {out.parent} does not exist")
-
-
-def _replace(out: Path, write: Callable[[Path], object]) -> None:
-    from envs.traces import TraceError
-
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        write(partial)
-        partial.replace(out)
-    except OSError as error:
-        raise TraceError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parse_map(text: str | None) -> dict[str, str] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
+
+from policies.files import write_whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -369,14 +370,10 @@ def write_trace(trace: Trace, path: Path | str) -> None:
         "models": trace.models,
     }
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        pq.write_table(table, partial, compression="zstd")
-        partial.replace(path)
+        write_whole(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
     except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        raise TraceError(str(error)) from None
 
 
 def _numbers(where: str, column: str, values: Any) -> NDArray[Any]:
