@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import any_pool, between, measured, total
+from policies.columns import any_pool, between, least, measured, total
 from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
 from policies.spec import GuardrailSpec
@@ -50,18 +50,22 @@ def hold_when_blind(target: Target, situation: Situation) -> Target:
 
 
 def cover_backlog(target: Target, situation: Situation) -> Target:
-    """The oldest request has waited for half the TTFT objective: ask at once for what the demand estimate needs.
+    """The oldest request has waited longer than a start takes: ask at once for what the demand estimate needs.
 
-    Only raises. The demand includes working off the backlog, see `policies.demand`. The fleet in force grows in its
-    present proportions; what a pool at its maximum cannot take goes to the first pool with room.
+    The last resort: a policy that had asked for enough when the wait began would have it by now, its TTFT objective
+    included. Acting earlier than that is the policy's business. A service with no replica at all waits only for half
+    the objective. Only raises. The demand includes working off the backlog, see `policies.demand`. The fleet in force
+    grows in its present proportions; what a pool at its maximum cannot take goes to the first pool with room.
     """
     if not situation.spec.backlog_boost:
         return target
-    late = situation.observation.snapshot.oldest_wait_s > 0.5 * situation.fleet.ttft_slo_s
+    fleet = situation.fleet
+    fastest_start_s = least(np.where(fleet.exists, fleet.cold_start_s, np.inf))
+    patience_s = np.where(any_pool(situation.current > 0), fastest_start_s + fleet.ttft_slo_s, 0.5 * fleet.ttft_slo_s)
+    late = situation.observation.snapshot.oldest_wait_s > patience_s
     (rows,) = late.nonzero()
     if not len(rows):
         return target
-    fleet = situation.fleet
     replicas = target.replicas.copy()
     replicas[rows] = _lifted(
         target.replicas[rows],

@@ -147,7 +147,7 @@ class GuardrailSpec(StrictModel):
     hold_down_while_burning: bool = Field(default=True, description="No scale-down while SLOs are missed.")
     hold_down_while_starting: bool = Field(default=True, description="No scale-down while replicas start.")
     backlog_boost: bool = Field(
-        default=True, description="Cover the demand at once when the oldest wait nears the SLO."
+        default=True, description="Cover the demand at once when the oldest wait outlasts a start."
     )
     gpu_budget: int | None = Field(default=None, ge=1, description="Most GPUs over all pools.")
 
