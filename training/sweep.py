@@ -21,7 +21,7 @@ from policies.engine import ConfigError, StrictModel, load_model, parse_model, r
 from policies.files import write_text
 from training.monitor import RunState
 from training.seed_tasks import POLL_S, STOP_FILE, Where, show_progress, train_task
-from training.tracking import store_uri
+from training.tracking import connect, store_uri
 from training.train import Stopped
 from training.train_config import TrainConfig, load_train_config
 from training.workers import Workers, open_workers
@@ -205,6 +205,7 @@ class Sweep:
         from optuna.trial import TrialState
 
         self._take_up()
+        connect(self.recipe.tracking_uri)  # two trials that create a store at once get in each other's way
         while True:
             self._bar("trials", self._finished(), self.spec.trials)
             while len(self._under_way) < workers.width and self._finished() + len(self._under_way) < self.spec.trials:

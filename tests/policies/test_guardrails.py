@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.contract import Reason, Snapshot, Target
+from policies.engine import ColdStart
 from policies.fleet import Fleet
 from policies.guardrails import RULES, Situation, settle
 from policies.spec import GuardrailSpec
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 ONE = fleet()
 TWO = fleet(pool(), pool(name="other", min_replicas=0))
+LONG_S = 1000.0
+"""A wait that outlasts any start here."""
 
 
 def situation(
@@ -112,57 +115,66 @@ def test_blind_row_does_not_hold_the_others() -> None:
 # Backlog
 
 
-@pytest.mark.parametrize(("wait_s", "expected"), [(1.0, 2), (1.01, 8)])
-def test_wait_past_half_the_objective_covers_the_demand_at_once(wait_s: float, expected: int) -> None:
-    at = situation(4, seen=snapshot(oldest_wait_s=wait_s), demand=7.5, max_scale_up_step=20)
+@pytest.mark.parametrize(("wait_s", "expected"), [(102.0, 2), (102.1, 8)])
+def test_wait_past_a_start_and_the_objective_covers_the_demand_at_once(wait_s: float, expected: int) -> None:
+    slow = pool(name="slow", min_replicas=0, cold_start=ColdStart(node_s=0, image_s=0, weights_s=500, warmup_s=0))
+    fast = pool(cold_start=ColdStart(node_s=0, image_s=0, weights_s=100, warmup_s=0))
+    services = fleet(slow, fast)
+    at = situation([0, 4], services, snapshot(pools=2, oldest_wait_s=wait_s), 7.5, max_scale_up_step=20)
     reasons = Reason.BACKLOG if expected == 8 else Reason.NONE
-    assert settled(2, at) == ([[expected]], reasons)
+    assert settled([0, 2], at) == ([[0, expected]], reasons)
+
+
+@pytest.mark.parametrize(("wait_s", "expected"), [(1.0, 0), (1.01, 1)])
+def test_fleet_of_nothing_waits_for_half_the_objective(wait_s: float, expected: int) -> None:
+    services = fleet(pool(min_replicas=0))
+    assert settled(0, situation(0, services, snapshot(oldest_wait_s=wait_s), 1.0))[0] == [[expected]]
 
 
 def test_backlog_rule_never_lowers() -> None:
-    at = situation(4, seen=snapshot(oldest_wait_s=9.0), demand=2.0)
+    at = situation(4, seen=snapshot(oldest_wait_s=LONG_S), demand=2.0)
     assert settled(6, at) == ([[6]], Reason.NONE)
     assert settled(2, at) == ([[4]], Reason.BACKLOG)
 
 
 def test_backlog_rule_can_be_switched_off() -> None:
-    at = situation(4, seen=snapshot(oldest_wait_s=9.0), demand=8.0, backlog_boost=False)
+    at = situation(4, seen=snapshot(oldest_wait_s=LONG_S), demand=8.0, backlog_boost=False)
     assert settled(4, at) == ([[4]], Reason.NONE)
 
 
 def test_backlog_grows_the_fleet_in_its_proportions() -> None:
-    at = situation([2, 4], TWO, snapshot(pools=2, oldest_wait_s=9.0), 12.0, max_scale_up_step=20)
+    at = situation([2, 4], TWO, snapshot(pools=2, oldest_wait_s=LONG_S), 12.0, max_scale_up_step=20)
     assert settled([2, 4], at) == ([[4, 8]], Reason.BACKLOG)
 
 
 def test_backlog_counts_each_pool_by_what_it_can_do() -> None:
     """Two of the first pool would do, or eight of the second: one and four together."""
-    at = situation([1, 2], TWO, snapshot(pools=2, oldest_wait_s=9.0), [2.0, 8.0], max_scale_up_step=20)
+    at = situation([1, 2], TWO, snapshot(pools=2, oldest_wait_s=LONG_S), [2.0, 8.0], max_scale_up_step=20)
     assert settled([1, 2], at) == ([[2, 3]], Reason.BACKLOG)
     assert settled([1, 4], at) == ([[1, 4]], Reason.NONE)
 
 
 def test_backlog_goes_to_a_pool_with_room_when_one_is_full() -> None:
     services = fleet(pool(max_replicas=2), pool(name="other", min_replicas=0), width=3)
-    at = situation([2, 0, 0], services, snapshot(pools=3, oldest_wait_s=9.0), 10.0, max_scale_up_step=20)
+    at = situation([2, 0, 0], services, snapshot(pools=3, oldest_wait_s=LONG_S), 10.0, max_scale_up_step=20)
     assert settled([2, 0, 0], at) == ([[2, 8, 0]], Reason.BACKLOG)
 
 
 def test_proposal_counts_against_the_backlog_only_for_what_its_limits_leave() -> None:
     services = fleet(pool(), pool(name="other", min_replicas=0, max_replicas=3))
-    at = situation([2, 2], services, snapshot(pools=2, oldest_wait_s=9.0), 10.0, max_scale_up_step=20)
+    at = situation([2, 2], services, snapshot(pools=2, oldest_wait_s=LONG_S), 10.0, max_scale_up_step=20)
     assert settled([2, 12], at) == ([[7, 3]], Reason.BACKLOG | Reason.BOUNDS)
 
 
 def test_proposal_that_only_a_later_step_can_reach_does_not_cover_the_backlog_now() -> None:
-    at = situation([2, 2], TWO, snapshot(pools=2, oldest_wait_s=9.0), 12.0)
+    at = situation([2, 2], TWO, snapshot(pools=2, oldest_wait_s=LONG_S), 12.0)
     assert settled([2, 12], at) == ([[6, 8]], Reason.BACKLOG | Reason.STEP_LIMIT)
 
 
 @pytest.mark.parametrize("demand", [0.0, 0.01, 1.0])
 def test_backlog_wakes_a_fleet_of_nothing(demand: float) -> None:
     services = fleet(pool(min_replicas=0), width=2)
-    waking = snapshot(pools=2, oldest_wait_s=9.0)
+    waking = snapshot(pools=2, oldest_wait_s=LONG_S)
     assert settled([0, 0], situation([0, 0], services, waking, demand)) == ([[1, 0]], Reason.BACKLOG)
 
 
@@ -238,7 +250,7 @@ def test_step_down_is_never_less_than_one() -> None:
 
 
 def test_step_limit_bounds_what_the_backlog_asks_for() -> None:
-    at = situation(1, seen=snapshot(oldest_wait_s=9.0), demand=20.0)
+    at = situation(1, seen=snapshot(oldest_wait_s=LONG_S), demand=20.0)
     assert settled(1, at) == ([[5]], Reason.BACKLOG | Reason.STEP_LIMIT)
 
 
@@ -401,7 +413,7 @@ def test_each_service_is_settled_as_if_alone(seed: int, missing_share: float) ->
         services = Fleet.empty(1, width)
         for name in ("ttft_slo_s", "attainment_target"):
             getattr(services, name)[:] = getattr(at.fleet, name)[own]
-        for name in ("exists", "gpus", "min_replicas", "max_replicas", "max_num_seqs"):
+        for name in ("exists", "gpus", "min_replicas", "max_replicas", "max_num_seqs", "cold_start_s"):
             getattr(services, name)[:] = getattr(at.fleet, name)[own, :width]
         alone = Situation(
             observation=observation(rows_of(at.observation.snapshot, row, width), at.observation.demand[own, :width]),

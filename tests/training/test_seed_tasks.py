@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,19 @@ def test_a_seed_whose_worker_is_killed_goes_on_from_its_checkpoint(ray_cluster: 
     assert steps == sorted(set(steps))
     assert steps[0] == 0
     assert steps[-1] >= config.total_steps
+
+
+def test_the_store_is_there_before_any_task(tmp_path: Path) -> None:
+    """Two tasks that create a store at once get in each other's way."""
+
+    class Looks(InProcess):
+        def submit(self, key: Any, task: Callable[..., Any], *arguments: Any) -> None:
+            config = arguments[0]
+            assert Path(config.tracking_uri.removeprefix("sqlite:///")).is_file()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_as_tasks(recipe(tmp_path, seeds=[0, 1]), tmp_path / "run", False, print, nothing, Looks())
 
 
 def test_a_task_ends_where_the_one_who_waits_says_so(tmp_path: Path) -> None:
