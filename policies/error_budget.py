@@ -53,7 +53,7 @@ class ErrorBudget(Durable):
         rise: dial units per hour and unit of burn rate above `aim`.
         most: largest burn rate above `aim` that counts; the dial falls by at most `aim` times `rise` an hour.
         aim: share of the allowance that may be spent: what is left absorbs the next burst.
-        start: offset of the dial before anything is known.
+        start: offset of the dial before anything is known, one for all or (n,).
     """
 
     TRAFFIC_MEMORY_S = 3600.0
@@ -67,7 +67,7 @@ class ErrorBudget(Durable):
         rise: float = 2.0,
         most: float = 2.0,
         aim: float = 0.5,
-        start: float = 0.0,
+        start: Floats | float = 0.0,
     ) -> None:
         self.fleet = fleet
         self.low = low
@@ -76,16 +76,16 @@ class ErrorBudget(Durable):
         self.rise = rise
         self.most = most
         self.aim = aim
-        self.start = float(np.clip(start, low, high))
         n = len(fleet)
-        self.dial: Floats = np.full(n, self.start)
+        self.start = tuple(np.clip(np.broadcast_to(start, n), low, high).tolist())  # a setting: no array, see Durable
+        self.dial: Floats = np.array(self.start)
         self._missed, self._missed_s = np.zeros(n), np.zeros(n)
         self._counted, self._counted_s = np.zeros(n), np.zeros(n)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = slice(None) if services is None else services
-        self.dial[rows] = self.start
+        self.dial[rows] = np.array(self.start)[rows]
         for array in (self._missed, self._missed_s, self._counted, self._counted_s):
             array[rows] = 0.0
 

@@ -35,10 +35,12 @@ MAX_BYTES = 64 * 1024 * 1024
 MEMBERS = ("manifest.json", "policy.onnx")
 AIM = 0.9
 """Share of the error budget that may be spent."""
-RISE = 2.0
+RISE = 1.4
 """What missing an hour's budget adds to the log of the price of a miss."""
-FIRST_MISS_PRICE = 10.0
-"""Price of a miss before anything is known of a service, in costs of serving a request."""
+FIRST_BUDGET_PRICE = 0.6
+"""Price of all the misses that are allowed before anything is known of a service, over the cost of serving everything."""
+MISS_PRICES = (1.0, 90.0)
+"""Lowest and highest price of a miss, in costs of serving a request: beyond them little changes but the bill."""
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -166,8 +168,9 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, follows the error budget within its trained range: missing as many as
-    an hour allows raises it about as much as an hour without a miss lowers it.
+    The dial of the network, the price of a miss, follows the error budget: missing as many as an hour allows raises it
+    about as much as an hour without a miss lowers it. It starts where all allowed misses together cost the same,
+    whatever the target: a miss that is allowed once in a hundred requests is dearer than one in ten.
 
     Args:
         bundle: verified weights and manifest.
@@ -203,15 +206,16 @@ class LearnedPolicy(Durable):
         self._fleet = fleet
         self._interface = interface
         middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
+        low, high = np.clip(np.log(MISS_PRICES) - middle, -span, span)  # within what it was trained for
         self._budget = ErrorBudget(
             fleet,
-            -span,
-            span,
+            float(low),
+            float(high),
             memory_s=0.0,
             rise=RISE,
             most=math.inf,
             aim=AIM,
-            start=math.log(FIRST_MISS_PRICE) - middle,
+            start=np.log(FIRST_BUDGET_PRICE / (1.0 - fleet.attainment_target)) - middle,
         )
 
     def reset(self, services: Bools | None = None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from fakes import fleet, observation, random_snapshot, snapshot
+from fakes import fleet, observation, pool, random_snapshot, snapshot
 from onnx import TensorProto, helper, numpy_helper
 
 from policies.action import ACTIONS, decode_action
@@ -28,7 +28,7 @@ from policies.learned import (
     write_bundle,
 )
 from policies.observation import FEATURES, encode_miss_price
-from policies.spec import InterfaceSpec, WindowSpec
+from policies.spec import InterfaceSpec, Slo, WindowSpec
 
 Floats32 = npt.NDArray[np.float32]
 F, A = len(FEATURES), len(ACTIONS)
@@ -349,14 +349,33 @@ def proposed(learned: LearnedPolicy, attained: float, windows: int) -> int:
 
 def test_misses_move_the_dial_up_to_the_trained_span_and_calm_moves_it_down() -> None:
     start = proposed(policy(dial_network(), log_miss_price_span=0.0), 1.0, 1)
-    calm = proposed(policy(dial_network()), 1.0, 300)
-    burning = proposed(policy(dial_network()), 0.0, 300)
+    calm = proposed(policy(dial_network()), 1.0, 600)
+    burning = proposed(policy(dial_network()), 0.0, 600)
     assert calm < start < burning
     for wish, dial in ((start, 3.0), (calm, 2.0), (burning, 4.0)):
         action = np.array([[0.5 * encode_miss_price(np.array(dial)), 0.0, 0.0, 0.0]])
         reference = observation(snapshot(), demand=4.0)
         expected = decode_action(action, reference, fleet(), InterfaceSpec().action)
         assert wish == expected.replicas[0, 0]
+
+
+@pytest.mark.parametrize(("target", "price"), [(0.9, 6.0), (0.95, 12.0), (0.99, 60.0), (0.999, 90.0)])
+def test_the_dial_starts_where_all_allowed_misses_cost_the_same(target: float, price: float) -> None:
+    services = fleet(pool(max_replicas=500), slo=Slo(ttft_s=2.0, tpot_s=0.05, attainment=target))
+    trained = PolicyBundle(manifest(log_miss_price_span=9.0), dial_network(), "0" * 64)
+    learned = LearnedPolicy(trained, services, InterfaceSpec())
+    seen = observation(snapshot(ttft_attainment=np.nan, tpot_attainment=np.nan), demand=40.0)
+    action = np.array([[0.5 * encode_miss_price(np.log(price)), 0.0, 0.0, 0.0]])
+    expected = decode_action(action, seen, services, InterfaceSpec().action)
+    assert learned.propose(seen).replicas.tolist() == expected.replicas.tolist()
+
+
+def test_the_dial_stays_where_it_was_trained() -> None:
+    """Trained at prices far above the highest, it starts and stays at its lowest."""
+    for attained in (1.0, 0.0):
+        far = proposed(policy(dial_network(), log_miss_price=7.0, log_miss_price_span=1.0), attained, 300)
+        lowest = proposed(policy(dial_network(), log_miss_price=6.0, log_miss_price_span=0.0), 1.0, 1)
+        assert far == lowest
 
 
 def test_the_dial_replaces_the_feature_and_leaves_the_observation_alone() -> None:
