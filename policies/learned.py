@@ -38,7 +38,7 @@ AIM = 0.9
 RISE = 1.4
 """What missing an hour's budget adds to the log of the price of a miss."""
 FIRST_BUDGET_PRICE = 0.6
-"""Price of all the misses that are allowed before anything is known of a service, over the cost of serving everything."""
+"""Price of all allowed misses before anything is known of a service, over the cost of serving everything."""
 MISS_PRICES = (1.0, 90.0)
 """Lowest and highest price of a miss, in costs of serving a request: beyond them little changes but the bill."""
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
