@@ -212,9 +212,9 @@ def test_an_error_of_the_program_is_not_swallowed(port: str, monkeypatch: pytest
 
 
 def bursty_trace() -> Trace:
-    """20 minutes at 4 requests a second with a burst of 40 in the middle."""
+    """20 minutes at 4 requests a second with a burst of 60 in the middle."""
     rng = np.random.default_rng(0)
-    times = np.concatenate([rng.uniform(0.0, 1200.0, 4800), rng.uniform(500.0, 700.0, 8000)])
+    times = np.concatenate([rng.uniform(0.0, 1200.0, 4800), rng.uniform(500.0, 700.0, 12000)])
     return Trace.from_arrays(
         arrival_s=np.sort(times),
         prompt_tokens=rng.integers(50, 3000, len(times)),
@@ -297,7 +297,7 @@ def test_the_controller_decides_as_the_core_driven_by_hand(policy_of: Callable[[
             np.testing.assert_array_equal(value, expected[name], err_msg=name)
         cluster.apply(settled)
     assert sum(int(decision.outcome[0]) == Outcome.SCALED for decision in decisions) > 5
-    assert max(int(decision.settled.replicas.sum()) for decision in decisions) > 3  # it grew well beyond its start
+    assert max(int(decision.settled.replicas.sum()) for decision in decisions) > 4
 
 
 def test_the_controller_decides_as_a_training_episode_with_zero_actions() -> None:
