@@ -22,7 +22,7 @@ from policies.engine import StrictModel
 from policies.fleet import Fleet
 from policies.objective import Objective, attainment
 
-STAGGER_GROUPS = 8
+WAVES = 8
 FOLLOWING_STEP_S = 300.0
 
 
@@ -66,9 +66,11 @@ class Episodes:
         seed: of all draws.
         part: share of every trace's time that slices come from, as (from, to): never the same for training and
             validation.
+        group: neighbours that live the same episode (world, slice of traffic, price of a miss and start), so that a
+            learner can tell what the traffic does to all of them from what each has done.
 
     Raises:
-        ValueError: when that part of a trace is shorter than one episode.
+        ValueError: when that part of a trace is shorter than one episode, or `n` episodes are no whole groups.
     """
 
     def __init__(
@@ -78,10 +80,14 @@ class Episodes:
         spec: EpisodeSpec,
         seed: int = 0,
         part: tuple[float, float] = (0.0, 1.0),
+        group: int = 1,
     ) -> None:
+        if n % group:
+            raise ValueError(f"{n} episodes cannot be divided into groups of {group}")
         window = bank.interface.window
         self.bank = bank
         self.spec = spec
+        self.group = group
         # One more than the steps: the first window runs before the first action.
         self.length_s = (spec.steps + 1) * window.control_interval_s
         self._part = part
@@ -117,13 +123,13 @@ class Episodes:
         """Start all episodes anew.
 
         Args:
-            stagger: shorten the first episodes of some groups, so that not all episodes begin at once.
+            stagger: shorten the first episodes of some waves, so that not all episodes begin at once.
         """
         n = len(self)
         self._last_step[:] = self.spec.steps
         if stagger:
-            group = np.arange(n) % STAGGER_GROUPS
-            self._last_step -= self.spec.steps * group // STAGGER_GROUPS
+            wave = np.arange(n) // self.group % WAVES
+            self._last_step -= self.spec.steps * wave // WAVES
         self._begin(np.arange(n))
         self.decider.reset()
         self._observation = self.decider.observe(self.cluster.read())
@@ -152,18 +158,24 @@ class Episodes:
         return self._observation
 
     def _begin(self, services: Ints) -> None:
-        """Draw a scenario and a slice of its trace for each listed service, and run its first window."""
+        """Draw a scenario and a slice of its trace for each group of the listed services; run their first window."""
         bank, rng, k = self.bank, self.rng, len(services)
-        scenario = rng.integers(len(bank), size=k)
+        groups = k // self.group  # a group begins and ends as one
+
+        def each(drawn: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.repeat(drawn, self.group)
+
+        scenario = each(rng.integers(len(bank), size=groups))
         self.scenario[services] = scenario
         traces = bank.trace[scenario]
         duration_s = bank.library.duration_s[traces]
-        origin_s = rng.uniform(duration_s * self._part[0], duration_s * self._part[1] - self.length_s)
+        earliest_s, latest_s = duration_s * self._part[0], duration_s * self._part[1] - self.length_s
+        origin_s = earliest_s + (latest_s - earliest_s) * each(rng.random(groups))
         first, end = bank.library.rows(traces, np.array([origin_s, origin_s + self.length_s]))
         drawn = take_rows(bank.fleet, scenario)
         put_rows(self.fleet, services, drawn)
         spread = self.spec.log_miss_price_spread
-        self.fleet.log_miss_price[services] = self.log_miss_price + rng.uniform(-spread, spread, k)
+        self.fleet.log_miss_price[services] = self.log_miss_price + each(rng.uniform(-spread, spread, groups))
 
         pools = bank.pools[scenario]
         self._bill_per_node[services] = pools["bill_per_node"] > 0
@@ -176,7 +188,7 @@ class Episodes:
         self._request_usd[services] = self._window_usd[services] / arrivals
 
         low, high = self.spec.start_over_demand
-        factor = np.exp(rng.uniform(np.log(low), np.log(high), size=k))[:, np.newaxis]
+        factor = np.exp(each(rng.uniform(np.log(low), np.log(high), size=groups)))[:, np.newaxis]
         shares = drawn.exists / np.maximum(drawn.exists.sum(axis=1, keepdims=True), 1)
         replicas = np.ceil(demand * factor * shares)
         self.cluster.begin(
@@ -187,7 +199,7 @@ class Episodes:
             origin_s=origin_s,
             first_row=first,
             end_row=end,
-            seeds=rng.integers(1 << 62, size=k),
+            seeds=each(rng.integers(1 << 62, size=groups)),
             replicas=np.clip(replicas, np.maximum(drawn.min_replicas, 0), drawn.max_replicas).astype(np.int64),
         )
         self.cluster.run_window(services)

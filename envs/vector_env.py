@@ -32,6 +32,7 @@ class AutoscalingVecEnv(VecEnv):
         episodes: how episodes are cut.
         seed: of all draws.
         part: share of every trace's time that slices come from.
+        group: neighbours that live the same episode.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class AutoscalingVecEnv(VecEnv):
         episodes: EpisodeSpec | None = None,
         seed: int = 0,
         part: tuple[float, float] = (0.0, 1.0),
+        group: int = 1,
     ) -> None:
-        self.episodes = Episodes(bank, num_envs, episodes or EpisodeSpec(), seed, part)
+        self.episodes = Episodes(bank, num_envs, episodes or EpisodeSpec(), seed, part, group)
         self.step_s = 0.0  # wall time spent in steps so far
         self.terms: dict[str, npt.NDArray[np.float64]] = {}
         self.render_mode = None

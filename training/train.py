@@ -29,6 +29,7 @@ from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec
 from training.export import check_equal, probe_observations, to_onnx
+from training.group_baseline import GroupRolloutBuffer
 from training.monitor import Log, RunState, TrainingMonitor, Validator
 from training.registry import BUNDLE_FILE
 from training.tracking import RunLog, code_version, connect, experiment_id
@@ -224,7 +225,8 @@ def _learn(
 ) -> None:
     """Everything between the start of a seed, or where its checkpoint left it, and its best network."""
     monitor = course.monitor(folder, state, log, lambda steps: bar(f"seed {seed}", steps, config.total_steps))
-    env = AutoscalingVecEnv(course.bank, config.ppo.num_envs, config.episodes, seed=seed, part=course.part)
+    ppo = config.ppo
+    env = AutoscalingVecEnv(course.bank, ppo.num_envs, config.episodes, seed, course.part, ppo.group)
     if state.checkpoint:
         model = PPO.load(folder / state.checkpoint, env, device="cpu")
     else:
@@ -289,6 +291,8 @@ def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:
         clip_range=ppo.clip_range,
         ent_coef=ppo.entropy,
         target_kl=ppo.target_kl,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": ppo.group},
         policy_kwargs={"net_arch": list(ppo.hidden), "log_std_init": ppo.log_std},
         seed=seed,
         device="cpu",

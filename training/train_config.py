@@ -18,6 +18,11 @@ class PpoSpec(StrictModel):
     """Hyper-parameters of Stable-Baselines3's PPO."""
 
     num_envs: int = Field(default=256, ge=1, description="Episodes side by side.")
+    group: int = Field(
+        default=4,
+        ge=1,
+        description="Environments that live the same episode: the mean advantage of the others is a baseline.",
+    )
     steps_per_rollout: int = Field(default=64, ge=2, description="Windows per episode and rollout.")
     batch_size: int = Field(default=4096, ge=2, description="Minibatch.")
     epochs: int = Field(default=4, ge=1, description="Passes over a rollout.")
@@ -38,6 +43,8 @@ class PpoSpec(StrictModel):
     def _batches_fit(self) -> PpoSpec:
         if (self.num_envs * self.steps_per_rollout) % self.batch_size:
             raise ValueError(f"batch_size {self.batch_size} must divide num_envs * steps_per_rollout")
+        if self.num_envs % self.group:
+            raise ValueError(f"group {self.group} must divide num_envs")
         return self
 
 

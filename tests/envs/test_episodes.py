@@ -259,6 +259,30 @@ def test_a_part_that_is_shorter_than_an_episode_is_refused_by_name() -> None:
         Episodes(one_world(trace), 1, EpisodeSpec(steps=20), part=(0.7, 1.0))
 
 
+def test_a_group_lives_the_same_episodes_as_long_as_it_does_the_same() -> None:
+    n, group = 12, 3
+    episodes = Episodes(bank(), n, SHORT, 0, group=group)
+    episodes.reset()
+    draw = np.random.default_rng(3)
+    lived = []
+    for _ in range(2 * SHORT.steps):
+        result = episodes.step(np.repeat(draw.uniform(-1, 1, (n // group, 4)), group, axis=0))
+        for values in (result.observation.features, result.reward, result.truncated, episodes.scenario):
+            first = np.asarray(values).reshape(n // group, group, -1)
+            np.testing.assert_array_equal(first, np.repeat(first[:, :1], group, axis=1))
+        episodes.restart(result.truncated)
+        lived.append(episodes.scenario[::group].copy())
+    assert len(np.unique(lived)) > n // group  # new groups are drawn, and not all the same
+    assert len(np.unique(episodes.fleet.log_miss_price)) == n // group
+    result = episodes.step(draw.uniform(-1, 1, (n, 4)))
+    assert len(np.unique(result.reward)) > n // group  # and they are not one
+
+
+def test_episodes_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 episodes cannot be divided into groups of 4"):
+        Episodes(bank(), 10, SHORT, group=4)
+
+
 def reference_rule(observation: Observation, decider: Decider, interface: InterfaceSpec) -> Target:
     """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered."""
     n = len(observation.features)
