@@ -76,12 +76,15 @@ docs: demo ## Regenerate the tables of the README from a demo and a benchmark ru
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
 	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
 
+SUITE ?= dev
 TUNED ?= default,train,self,hindsight
-scoreboard: $(STAMP) ## Tune and judge every policy on the dev suite, write docs/scoreboard.md; TUNED=default tunes nothing.
-	@mkdir -p runs/scoreboard
-	$(BIN)/jevons evaluate --suite dev --policy all --tuned $(TUNED) --cache runs/cache \
-	  --json runs/scoreboard/rows.json --details runs/scoreboard/details.json --report runs/scoreboard/report.html $(ARGS)
-	$(BIN)/python -m training.scoreboard runs/scoreboard/details.json docs/scoreboard.md
+BOARD = runs/scoreboard$(if $(filter-out dev,$(SUITE)),-$(SUITE))
+# SUITE=full takes hours, and its recorded traffic the folder JEVONS_TRACES; TUNED=default tunes nothing.
+scoreboard: $(STAMP) ## Tune and judge every policy on SUITE (dev), write docs/scoreboard.md, or docs/scoreboard-SUITE.md.
+	@mkdir -p $(BOARD)
+	$(BIN)/jevons evaluate --suite $(SUITE) --policy all --tuned $(TUNED) --cache runs/cache \
+	  --json $(BOARD)/rows.json --details $(BOARD)/details.json --report $(BOARD)/report.html $(ARGS)
+	$(BIN)/python -m training.scoreboard $(BOARD)/details.json $(BOARD:runs/%=docs/%).md
 
 ABUSED ?= learned,reactive,token-demand,llm-d-tokens,hpa
 robustness: $(STAMP) ## Judge policies under abuse, and the learned one in parts; write docs/robustness.md.

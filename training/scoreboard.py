@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from policies.files import write_text
 from policies.lineup import is_peer, is_rule
 from training.cells import label
+from training.rivals import GROUPS, Rivalry, misses, rivalries
 from training.scores import REFERENCE
 from training.standings import MODES, WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
-from training.tables import table
+from training.tables import shown_ratio, table
 
 Row = dict[str, Any]
 TITLES = {"generated": "Generated traffic", "real": "Recorded traffic"}
@@ -28,16 +29,20 @@ def page(details: Row) -> str:
     scenarios: list[Row] = details["scenarios"]
     for scenario in scenarios:
         add_ratios(_of(rows, scenario))
-    parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios))]
+    suite = details["suite"]
+    command = "make scoreboard" if suite == "dev" else f"make scoreboard SUITE={suite}"
+    parts = [_HEAD.format(suite=suite, scenarios=len(scenarios), command=command)]
     for source, title in TITLES.items():
         chosen = [scenario for scenario in scenarios if scenario["source"] == source]
         if not chosen:
             continue
         parts += [f"## {title}: the room that is left", _room(rows, chosen), _not_servable(chosen)]
         parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source))]
+    parts += _learned(rows, scenarios)
     parts += ["## Scenarios", _scenarios(scenarios, details["skipped"])]
     parts += ["## Tuning", _tuning(details["tunings"])]
-    parts.append(_FOOT.format(versions=", ".join(f"{name} {version}" for name, version in details["versions"].items())))
+    versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
+    parts.append(_FOOT.format(command=command, versions=versions))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -46,7 +51,7 @@ _HEAD = """# Scoreboard
 What every policy costs on the suite `{suite}` ({scenarios} scenarios), beside three references that nobody can run:
 the *fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved
 in the simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and
-counted. `make scoreboard` writes this page from a clean checkout.
+counted. `{command}` writes this page from a clean checkout.
 
 Policies appear as their projects ship them (*default*), tuned on other traffic of the same kind (*train*), these
 settings moved at run time by the measured attainment (*self*), and tuned on the very traffic that they are judged on
@@ -54,7 +59,7 @@ settings moved at run time by the measured attainment (*self*), and tuned on the
 
 _FOOT = """---
 
-Written by `make scoreboard`; {versions}."""
+Written by `{command}`; {versions}."""
 
 
 def _of(rows: Sequence[Row], scenario: Row) -> list[Row]:
@@ -128,6 +133,44 @@ def _standing(item: Standing) -> str:
         return held
     mean, low, high = item.cost_vs_plan
     return f"{held}: {mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _learned(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[str]:
+    """What the learned policy costs beside the others, and where it misses."""
+    found = rivalries(rows, scenarios)
+    if not found:
+        return []
+    sources = {scenario["source"] for scenario in scenarios}
+    told = (
+        "The bill of the learned policy, which is tuned for nothing, over that of the other, on the scenarios that "
+        "both hold: geometric mean and bootstrap interval over scenarios (2.5 to 97.5 %). First against the cheapest "
+        "of a group *per scenario*, which nobody runs and nobody knows beforehand."
+    )
+    groups = [item for item in found if item.rival in GROUPS]
+    singles = [item for item in found if item.rival not in GROUPS]
+    parts = ["## The learned policy beside the others", told]
+    parts += [_rivalries(items, sources) for items in (groups, singles) if items]
+    missed = [
+        (
+            item.scenario,
+            f"{item.attainment:.1%} of {item.target:.0%}",
+            "nobody" if item.rival_cost is None else f"{item.rival} at {item.rival_cost:.2f} of its cost",
+            "-" if item.plan_cost is None else f"{item.plan_cost:.2f}",
+        )
+        for item in misses(rows, scenarios)
+    ]
+    headings = ("missed by the learned policy", "attained", "cheapest that holds", "plan's cost over its")
+    return [*parts, table(headings, missed)] if missed else parts
+
+
+def _rivalries(found: Sequence[Rivalry], sources: Collection[str]) -> str:
+    """Traffic of one source alone where there are both."""
+    apart = {source: title for source, title in TITLES.items() if len(sources) > 1}
+    lines = []
+    for item in found:
+        costs = (item.cost, *(item.by_source[source] for source in apart))
+        lines.append((item.rival, f"{item.held}", f"{item.both}", *map(shown_ratio, costs)))
+    return table(("over", "it holds", "both hold", "cost", *(title.lower() for title in apart.values())), lines)
 
 
 def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:

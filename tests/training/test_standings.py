@@ -4,6 +4,7 @@ import pytest
 from worlds import tiny_trace
 
 from training.evaluate import Evaluation
+from training.rivals import misses, rivalries
 from training.scoreboard import page
 from training.scores import REFERENCE, unscored
 from training.standings import FLAT_FIELDS, best_peer, flat_rows, geometric_mean, scenario_rows, standings_of
@@ -119,3 +120,61 @@ def test_the_page_labels_scenarios_that_cannot_be_held_or_were_skipped():
     text = page(details)
     assert "Not even the clairvoyant plan holds the SLO of: one." in text
     assert "| real | skipped: needs recorded traces |  |  |" in text
+
+
+def against(rows, sources=("generated", "generated"), suite="toy"):
+    names = ("one", "two")[: len(sources)]
+    scenarios = tuple(scenario_of(name, source) for name, source in zip(names, sources, strict=True))
+    return Evaluation(suite, tuple(rows), scenarios, (), {"jevons": "1"})
+
+
+def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of_each_group():
+    judged = against(
+        [
+            scored("learned", 8.0),
+            scored("hpa", 10.0, tuned="train"),
+            scored("static", 16.0, tuned="train"),
+            scored("reactive", 4.0, tuned="self"),
+            scored("plan", 5.0, tuned=REFERENCE),
+            scored("learned", 9.0, scenario="two"),
+            scored("hpa", 1.0, holds=False, tuned="train", scenario="two"),
+            scored("static", 18.0, tuned="train", scenario="two"),
+        ],
+        sources=("generated", "real"),
+    )
+    found = {item.rival: item for item in rivalries(judged.by_scenario(), judged.scenarios)}
+    best = found["the best tuned peer"]
+    assert (best.held, best.both) == (2, 2)
+    assert best.cost[0] == pytest.approx(math.sqrt(0.8 * 0.5))
+    assert (best.by_source["generated"][0], best.by_source["real"][0]) == pytest.approx((0.8, 0.5))
+    assert found["hpa (train)"].cost[0] == pytest.approx(0.8)
+    assert (found["hpa (train)"].held, found["static (train)"].held) == (1, 2)
+    assert found["the best self-tuned peer or rule"].cost[0] == pytest.approx(2.0)
+    assert found["the clairvoyant plan"].cost[0] == pytest.approx(1.6)
+    assert "the best peer in hindsight" not in found  # nothing was tuned so
+    assert "learned" not in found
+
+
+def test_a_scenario_that_the_learned_policy_misses_is_named_and_not_compared():
+    judged = against(
+        [
+            scored("learned", 8.0, holds=False),
+            scored("hpa", 10.0, tuned="train"),
+            scored("hpa", 2.0, tuned="hindsight"),
+            scored("learned", 9.0, holds=False, scenario="two"),
+        ]
+    )
+    (best, hindsight, single) = rivalries(judged.by_scenario(), judged.scenarios)
+    assert (best.held, best.both, best.cost) == (1, 0, None)
+    assert (hindsight.rival, single.rival) == ("the best peer in hindsight", "hpa (train)")
+    first, second = misses(judged.by_scenario(), judged.scenarios)
+    assert (first.scenario, first.rival, first.rival_cost, first.plan_cost) == ("one", "hpa (train)", 1.25, None)
+    assert (second.scenario, second.rival, second.rival_cost) == ("two", "", None)
+
+
+def test_the_page_shows_rivals_and_misses_only_with_a_learned_policy(judged):
+    assert "beside the others" not in page(judged.to_json())
+    rows = [scored("learned", 8.0, holds=False), scored("hpa", 10.0, tuned="train")]
+    text = page(against(rows, ("real",), "full").to_json())
+    assert "| one | 50.0% of 95% | hpa (train) at 1.25 of its cost | - |" in text
+    assert "`make scoreboard SUITE=full` writes this page" in text

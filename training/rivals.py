@@ -1,0 +1,140 @@
+"""What the learned policy costs beside its rivals, on the scenarios that both hold.
+
+A rival is one policy with one way of tuning, or the cheapest of a group *per scenario*: nobody runs that one, and
+nobody knows beforehand which it will be, so it is the hardest to beat.
+This module must not know how figures are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policies.lineup import is_peer, is_rule
+from training.cells import label
+from training.scores import REFERENCE
+from training.standings import cheapest, geometric_mean
+
+Row = dict[str, Any]
+Interval = tuple[float, float, float]
+LEARNED = "learned"
+SOURCES = ("generated", "real")
+
+
+def _tuned(*modes: str) -> Callable[[Row], bool]:
+    return lambda row: row["tuned"] in modes and row["policy"] != LEARNED
+
+
+def _reference(name: str) -> Callable[[Row], bool]:
+    return lambda row: row["policy"] == name and row["tuned"] == REFERENCE
+
+
+GROUPS: dict[str, Callable[[Row], bool]] = {
+    "the best tuned peer": lambda row: _tuned("train")(row) and is_peer(row["policy"]),
+    "the best self-tuned peer or rule": _tuned("self"),
+    "the best tuned rule of our own": lambda row: _tuned("train")(row) and is_rule(row["policy"]),
+    "the best peer in hindsight": lambda row: _tuned("hindsight")(row) and is_peer(row["policy"]),
+    "the best static fleet in hindsight": _reference("best-static"),
+    "the clairvoyant plan": _reference("plan"),
+}
+
+
+@dataclass(frozen=True)
+class Rivalry:
+    """The learned policy against one rival.
+
+    Attributes:
+        rival: in words.
+        held: scenarios whose SLO the rival holds.
+        both: scenarios whose SLO both hold.
+        cost: of the learned policy over the rival's there, geometric mean and bootstrap interval over scenarios; None
+            where there are none.
+        by_source: the same on ``generated`` and ``real`` traffic alone.
+    """
+
+    rival: str
+    held: int
+    both: int
+    cost: Interval | None
+    by_source: dict[str, Interval | None]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A scenario whose SLO the learned policy misses.
+
+    Attributes:
+        scenario: its name.
+        attainment: of the learned policy, a share.
+        target: what the SLO asks for, a share.
+        rival: the cheapest that holds it without foresight, in words; empty where none does.
+        rival_cost: its dollars over the learned policy's; None where none holds.
+        plan_cost: dollars of the clairvoyant plan over the learned policy's; None where it was not searched.
+    """
+
+    scenario: str
+    attainment: float
+    target: float
+    rival: str
+    rival_cost: float | None
+    plan_cost: float | None
+
+
+def rivalries(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Rivalry]:
+    """Against the best of every group first, then one by one; empty where the learned policy was not judged.
+
+    Args:
+        rows: `Evaluation.by_scenario`.
+        scenarios: as an `Evaluation` describes them.
+    """
+    singles = sorted({(row["policy"], row["tuned"]) for row in rows if _tuned("train", "self")(row)})
+    rivals = GROUPS | {label(policy, tuned): _only(policy, tuned) for policy, tuned in singles}
+    if not any(row["policy"] == LEARNED for row in rows):
+        return []
+    found = (_against(name, belongs, rows, scenarios) for name, belongs in rivals.items())
+    return [item for item in found if item.held]
+
+
+def misses(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Miss]:
+    """Where the learned policy misses, and who holds there."""
+    found = []
+    for scenario in scenarios:
+        own = [row for row in rows if row["scenario"] == scenario["name"]]
+        learned = next((row for row in own if row["policy"] == LEARNED), None)
+        if learned is None or learned["holds_slo"]:
+            continue
+        rival = cheapest(row for row in own if _tuned("default", "train", "self")(row))
+        plan = cheapest(row for row in own if GROUPS["the clairvoyant plan"](row))
+        found.append(
+            Miss(
+                scenario["name"],
+                learned["attainment"],
+                scenario["slo"]["attainment"],
+                "" if rival is None else label(rival["policy"], rival["tuned"]),
+                None if rival is None else rival["usd"] / learned["usd"],
+                None if plan is None else plan["usd"] / learned["usd"],
+            )
+        )
+    return found
+
+
+def _only(policy: str, tuned: str) -> Callable[[Row], bool]:
+    return lambda row: row["policy"] == policy and row["tuned"] == tuned
+
+
+def _against(name: str, belongs: Callable[[Row], bool], rows: Sequence[Row], scenarios: Sequence[Row]) -> Rivalry:
+    held = 0
+    ratios: dict[str, list[float]] = {source: [] for source in SOURCES}
+    for scenario in scenarios:
+        own = [row for row in rows if row["scenario"] == scenario["name"]]
+        rival = cheapest(row for row in own if belongs(row))
+        if rival is None:
+            continue
+        held += 1
+        learned = cheapest(row for row in own if row["policy"] == LEARNED)
+        if learned is not None:
+            ratios[scenario["source"]].append(learned["usd"] / rival["usd"])
+    everywhere = [ratio for source in SOURCES for ratio in ratios[source]]
+    by_source = {source: geometric_mean(ratios[source]) for source in SOURCES}
+    return Rivalry(name, held, len(everywhere), geometric_mean(everywhere), by_source)
