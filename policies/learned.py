@@ -35,9 +35,13 @@ MAX_BYTES = 64 * 1024 * 1024
 MEMBERS = ("manifest.json", "policy.onnx")
 AIM = 0.9
 """Share of the error budget that may be spent."""
-RISE = 1.4
+RISE = 1.0
 """What missing an hour's budget adds to the log of the price of a miss."""
-FIRST_BUDGET_PRICE = 0.6
+CREST = 0.5
+"""Most that the misses of one crowd add to it."""
+RELUCTANCE = 0.25
+"""Share of the usual fall that is left where the last crowd struck."""
+FIRST_BUDGET_PRICE = 0.8
 """Price of all allowed misses before anything is known of a service, over the cost of serving everything."""
 MISS_PRICES = (1.0, 90.0)
 """Lowest and highest price of a miss, in costs of serving a request: beyond them little changes but the bill."""
@@ -169,8 +173,9 @@ class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
     The dial of the network, the price of a miss, follows the error budget: missing as many as an hour allows raises it
-    about as much as an hour without a miss lowers it. It starts where all allowed misses together cost the same,
-    whatever the target: a miss that is allowed once in a hundred requests is dearer than one in ten.
+    about as much as an hour without a miss lowers it, one crowd by a factor of 1.6 at most. Where a crowd struck it
+    falls four times more slowly. It starts where all allowed misses together cost the same, whatever the target: a miss
+    that is allowed once in a hundred requests is dearer than one in ten.
 
     Args:
         bundle: verified weights and manifest.
@@ -216,6 +221,8 @@ class LearnedPolicy(Durable):
             most=math.inf,
             aim=AIM,
             start=np.log(FIRST_BUDGET_PRICE / (1.0 - fleet.attainment_target)) - middle,
+            crest=CREST,
+            reluctance=RELUCTANCE,
         )
 
     def reset(self, services: Bools | None = None) -> None:

@@ -165,3 +165,57 @@ def test_a_restored_dial_goes_on_between_its_own_ends() -> None:
     narrow.restore(kept)
     assert narrow.dial.tolist() == [1.0] < dial.dial.tolist()
     assert after(other, 5, 1.0) == after(dial, 5, 1.0)
+
+
+FALL_OF_A_WINDOW = 2.0 * 0.9 * 15.0 / 3600.0
+
+
+def test_one_crowd_adds_the_crest_at_most_whatever_it_misses() -> None:
+    for windows in (2, 40):
+        assert after(lasting(crest=0.5), windows, 0.2) == pytest.approx(0.5, abs=1.5 * FALL_OF_A_WINDOW)
+    assert after(lasting(), 40, 0.2) == 10.0
+
+
+def test_a_small_miss_counts_as_without_a_crest() -> None:
+    assert after(lasting(crest=0.5), 3, 0.9) == after(lasting(), 3, 0.9) < 0.5
+
+
+@pytest.mark.parametrize(("quiet_windows", "expected"), [(30, 0.5), (60, 1.0 - 60 * FALL_OF_A_WINDOW)])
+def test_the_next_crowd_adds_its_own_crest_after_ten_quiet_minutes(quiet_windows: int, expected: float) -> None:
+    dial = lasting(crest=0.5)
+    after(dial, 4, 0.2)
+    after(dial, quiet_windows, 1.0)
+    assert after(dial, 4, 0.2) == pytest.approx(expected, abs=3 * FALL_OF_A_WINDOW)
+
+
+def test_misses_that_do_not_end_are_no_crowd_and_raise_the_dial_on() -> None:
+    dial = lasting(crest=0.5)
+    assert after(dial, WINDOWS_PER_HOUR // 2, 0.2) == pytest.approx(0.5, abs=2 * FALL_OF_A_WINDOW)
+    assert after(dial, 2 * WINDOWS_PER_HOUR, 0.2) == pytest.approx(2.5, abs=0.1)
+    assert after(dial, 20 * WINDOWS_PER_HOUR, 0.2) == pytest.approx(10.0, abs=FALL_OF_A_WINDOW)
+
+
+def test_where_a_crowd_struck_it_falls_reluctantly_and_elsewhere_as_usual() -> None:
+    dial = lasting(crest=0.5, reluctance=0.25)
+    after(dial, 4, 0.2)
+    assert after(dial, 10, 1.0) == pytest.approx(0.5 - 10 * FALL_OF_A_WINDOW, abs=1.5 * FALL_OF_A_WINDOW)
+    hours = 0.2 / 1.8 + 0.3 / 0.45  # down to the edge, then to where the crowd struck
+    assert after(dial, round(hours * WINDOWS_PER_HOUR) - 10, 1.0) == pytest.approx(0.0, abs=2 * FALL_OF_A_WINDOW)
+    never_struck = lasting(crest=0.5, reluctance=0.25)
+    assert after(never_struck, 10, 1.0) == pytest.approx(-10 * FALL_OF_A_WINDOW)
+
+
+def test_reset_forgets_the_edge() -> None:
+    dial, fresh = (lasting(crest=0.5, reluctance=0.25) for _ in range(2))
+    after(dial, 4, 0.2)
+    dial.reset()
+    assert after(dial, 20, 1.0) == after(fresh, 20, 1.0)
+    assert after(dial, 4, 0.2) == after(fresh, 4, 0.2)
+
+
+def test_the_edge_outlives_a_restart() -> None:
+    dial, other = (lasting(crest=0.5, reluctance=0.25) for _ in range(2))
+    after(dial, 4, 0.2)
+    other.restore({name: array.copy() for name, array in dial.state().items()})
+    assert after(other, 60, 1.0) == after(dial, 60, 1.0)
+    assert after(other, 4, 0.2) == after(dial, 4, 0.2)

@@ -359,7 +359,7 @@ def test_misses_move_the_dial_up_to_the_trained_span_and_calm_moves_it_down() ->
         assert wish == expected.replicas[0, 0]
 
 
-@pytest.mark.parametrize(("target", "price"), [(0.9, 6.0), (0.95, 12.0), (0.99, 60.0), (0.999, 90.0)])
+@pytest.mark.parametrize(("target", "price"), [(0.9, 8.0), (0.95, 16.0), (0.99, 80.0), (0.999, 90.0)])
 def test_the_dial_starts_where_all_allowed_misses_cost_the_same(target: float, price: float) -> None:
     services = fleet(pool(max_replicas=500), slo=Slo(ttft_s=2.0, tpot_s=0.05, attainment=target))
     trained = PolicyBundle(manifest(log_miss_price_span=9.0), dial_network(), "0" * 64)
@@ -392,7 +392,7 @@ def test_the_dial_replaces_the_feature_and_leaves_the_observation_alone() -> Non
 def test_reset_returns_the_dial_of_the_masked_services_only() -> None:
     learned = policy(dial_network(), 2)
     calm = observation(snapshot(2, ttft_attainment=1.0), demand=4.0)
-    for _ in range(100):
+    for _ in range(320):
         moved = learned.propose(calm).replicas
     learned.reset(np.array([True, False]))
     fresh = policy(dial_network(), 2).propose(calm).replicas
