@@ -17,8 +17,6 @@ from policies.fleet import Fleet
 
 PATIENCE = 0.2
 """Share of the fastest rise that is left while an earlier one has not taken effect."""
-
-
 NOTICE = 0.05
 """Share of an hour's allowance that must be missed in one window to say that a crowd has struck."""
 QUIET_S = 600.0
