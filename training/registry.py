@@ -233,7 +233,7 @@ def promote_over(client: Any, name: str, version: str, former: str) -> str:
         Its place, in words.
     """
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
-    if champion is not None:
+    if champion is not None and str(champion) != str(version):  # a run that is resumed after its end wins again
         digest = client.get_model_version(name, champion).tags.get("bundle_digest")
         if digest != former:
             return f"as challenger: its champion, version {champion}, is not the policy that this one has beaten"

@@ -249,7 +249,8 @@ def test_a_winner_replaces_only_the_champion_that_it_has_beaten(uri: str, tmp_pa
         return str(made.version)
 
     first = version("one")
-    assert promote_over(client, "place", first, "shipped") == "as champion"
+    for _ in range(2):  # a run that is resumed after its end says what it said
+        assert promote_over(client, "place", first, "shipped") == "as champion"
     second = version("two")
     assert "version 1, is not the policy" in promote_over(client, "place", second, "shipped")
     assert str(client.get_model_version_by_alias("place", CHAMPION).version) == "1"
