@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +23,15 @@ from policies.action import ACTIONS, decode_action
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
-from policies.error_budget import ErrorBudget
 from policies.files import write_whole
 from policies.fleet import Fleet
+from policies.miss_price import MissPriceDial
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
 
 FORMAT = 1
 MAX_BYTES = 64 * 1024 * 1024
 MEMBERS = ("manifest.json", "policy.onnx")
-AIM = 0.9
-"""Share of the error budget that may be spent."""
-RISE = 1.0
-"""What missing an hour's budget adds to the log of the price of a miss."""
-CREST = 0.5
-"""Most that the misses of one crowd add to it."""
-RELUCTANCE = 0.25
-"""Share of the usual fall that is left where the last crowd struck."""
-FIRST_BUDGET_PRICE = 0.8
-"""Price of all allowed misses before anything is known of a service, over the cost of serving everything."""
-MISS_PRICES = (1.0, 90.0)
-"""Lowest and highest price of a miss, in costs of serving a request: beyond them little changes but the bill."""
 MISS_PRICE_COLUMN = FEATURES.index("log_miss_price")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -172,10 +159,7 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The dial of the network, the price of a miss, follows the error budget: missing as many as an hour allows raises it
-    about as much as an hour without a miss lowers it, one crowd by a factor of 1.6 at most. Where a crowd struck it
-    falls four times more slowly. It starts where all allowed misses together cost the same, whatever the target: a miss
-    that is allowed once in a hundred requests is dearer than one in ten.
+    The network reads the price of a miss, which follows the error budget (`policies.miss_price`).
 
     Args:
         bundle: verified weights and manifest.
@@ -211,23 +195,11 @@ class LearnedPolicy(Durable):
         self._fleet = fleet
         self._interface = interface
         middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
-        low, high = np.clip(np.log(MISS_PRICES) - middle, -span, span)  # within what it was trained for
-        self._budget = ErrorBudget(
-            fleet,
-            float(low),
-            float(high),
-            memory_s=0.0,
-            rise=RISE,
-            most=math.inf,
-            aim=AIM,
-            start=np.log(FIRST_BUDGET_PRICE / (1.0 - fleet.attainment_target)) - middle,
-            crest=CREST,
-            reluctance=RELUCTANCE,
-        )
+        self._dial = MissPriceDial(fleet, middle - span, middle + span)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""
-        self._budget.reset(services)
+        self._dial.reset(services)
 
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 4) in -1..1 for features (n, F)."""
@@ -250,7 +222,6 @@ class LearnedPolicy(Durable):
 
     def propose(self, observation: Observation) -> Target:
         """The network's wish with the dial where the error budget has put it."""
-        log_miss_price = self.bundle.manifest.log_miss_price + self._budget.update(observation.snapshot)
         features = observation.features.copy()
-        features[:, MISS_PRICE_COLUMN] = encode_miss_price(log_miss_price)
+        features[:, MISS_PRICE_COLUMN] = encode_miss_price(self._dial.update(observation.snapshot))
         return decode_action(self.outputs(features), observation, self._fleet, self._interface.action)

@@ -17,15 +17,23 @@ import numpy as np
 
 from policies.columns import any_pool, total
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation, Policy, Snapshot, Target
-from policies.durable import Durable
-from policies.error_budget import ErrorBudget
+from policies.durable import Durable, State
+from policies.error_budget import ErrorBudget, Fading
 from policies.fleet import Fleet
 from policies.latency import slower
 
 LEAST, MOST = 0.5, 3.0
+"""Lowest and highest headroom."""
 MEMORY_S = 300.0
+"""Time constant of the miss rate, seconds: a burst of misses is answered while it lasts, and forgotten after it."""
+AIM = 0.5
+"""Share of the error budget that may be spent: what is left absorbs the next burst."""
 RISE = 0.4
+"""What an hour adds to the log of the headroom, per unit of burn rate above the aim."""
 MOST_BURN = 20.0
+"""Largest burn rate above the aim that counts."""
+PATIENCE = 0.2
+"""Share of the fastest rise that is left while an earlier one has not taken effect."""
 STUCK_S = 1800.0
 """At its maxima for this long a fleet is too small for its load, whatever the headroom; before, it may be late."""
 SERVICE_LOADS = (
@@ -35,11 +43,58 @@ POOL_LOADS = ("running", "waiting", "kv_cache_usage")
 DEMANDS = ("demand_tokens", "demand_occupancy", "demand", "demand_mean")
 
 
+class HeadroomDial(Durable):
+    """The log of a headroom per service: an integrator on the burn rate, misses over allowed misses.
+
+    It falls by at most 0.2 an hour and rises by up to 8 an hour; by up to 1.6 while replicas are starting or every pool
+    is at its maximum, so that the misses of one cold start don't drive it to its limit, and not at all after half an
+    hour at the maxima, where a rise could change nothing and would have to come down later.
+
+    Args:
+        fleet: the services, with their attainment targets.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        n = len(fleet)
+        self.fleet = fleet
+        self.log_headroom: Floats = np.zeros(n)
+        self._budget = ErrorBudget(fleet)
+        self._misses = Fading(n, MEMORY_S)
+        self._full_s = np.zeros(n)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the masked services, all when None."""
+        rows = slice(None) if services is None else services
+        self.log_headroom[rows] = self._full_s[rows] = 0.0
+        self._budget.reset(services)
+        self._misses.reset(services)
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned, between these ends."""
+        super().restore(state)
+        self.log_headroom = self._within(self.log_headroom)
+
+    def update(self, snapshot: Snapshot) -> Floats:
+        """Account for one window; the log of the headroom (n,). Windows without a measurement don't move it."""
+        missed, allowed_rps, seconds, known = self._budget.account(snapshot)
+        burn = self._misses.add(missed, seconds, known) / np.maximum(allowed_rps, 1e-12)
+        starting = total(np.nan_to_num(snapshot.replicas_starting)) > 0
+        full = ~any_pool(np.nan_to_num(snapshot.replicas_target) < self.fleet.max_replicas)
+        self._full_s = np.where(full, self._full_s + seconds, 0.0)
+        counted = np.minimum(burn, AIM + np.where(starting | full, PATIENCE, 1.0) * MOST_BURN)
+        counted = np.where(self._full_s > STUCK_S, np.minimum(counted, AIM), counted)
+        hours = seconds / 3600.0
+        moved = self._within(self.log_headroom + RISE * (counted - AIM) * hours)
+        self.log_headroom = np.where(known, moved, self.log_headroom)
+        return self.log_headroom
+
+    @staticmethod
+    def _within(log_headroom: Floats) -> Floats:
+        return np.asarray(np.clip(log_headroom, math.log(LEAST), math.log(MOST)))
+
+
 class SelfTunedPolicy(Durable):
     """A policy whose headroom an error budget moves, from 0.5 to 3.
-
-    The headroom's logarithm falls by at most 0.2 an hour and rises by up to 8 an hour; by up to 1.6 while
-    replicas are starting or every pool is at its maximum, and not at all after half an hour there.
 
     Args:
         policy: what proposes.
@@ -49,31 +104,21 @@ class SelfTunedPolicy(Durable):
     def __init__(self, policy: Policy, fleet: Fleet) -> None:
         self.name = f"{policy.name}+self"
         self.policy = policy
-        self.fleet = fleet
-        self._budget = ErrorBudget(fleet, math.log(LEAST), math.log(MOST), memory_s=MEMORY_S, rise=RISE, most=MOST_BURN)
-
-        self._full_s = np.zeros(len(fleet))
+        self._dial = HeadroomDial(fleet)
 
     @property
     def headroom(self) -> Floats:
         """(n,) the factor in force."""
-        return np.exp(self._budget.dial)
+        return np.exp(self._dial.log_headroom)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the budgets and the policy's history of the masked services."""
-        self._budget.reset(services)
-        self._full_s[slice(None) if services is None else services] = 0.0
+        self._dial.reset(services)
         self.policy.reset(services)
 
     def propose(self, observation: Observation) -> Target:
         """The policy's wish for a load `headroom` times as heavy."""
-        snapshot = observation.snapshot
-        starting = total(np.nan_to_num(snapshot.replicas_starting)) > 0
-        full = ~any_pool(np.nan_to_num(snapshot.replicas_target) < self.fleet.max_replicas)
-        self._full_s = np.where(full, self._full_s + np.nan_to_num(snapshot.window_s), 0.0)
-        moved = self._budget.update(snapshot, patient=starting | full, stuck=self._full_s > STUCK_S)
-        factor = np.exp(moved)
-        return self.policy.propose(heavier(observation, factor))
+        return self.policy.propose(heavier(observation, np.exp(self._dial.update(observation.snapshot))))
 
 
 def heavier(observation: Observation, factor: Floats) -> Observation:

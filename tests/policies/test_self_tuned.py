@@ -11,7 +11,7 @@ from policies.baselines.llm_d import LlmdSloPolicy
 from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Snapshot
 from policies.latency import ttft_quantile_s
-from policies.self_tuned import SelfTunedPolicy, heavier
+from policies.self_tuned import HeadroomDial, SelfTunedPolicy, heavier
 
 SERVICES = fleet(pool(max_replicas=100))
 
@@ -44,6 +44,38 @@ def test_misses_in_bursts_leave_half_of_the_allowance_unspent() -> None:
         attained = 0.9 if tick % 20 == 0 else 1.0  # 10 % of one window in twenty
         policy.propose(observation(snapshot(time_s=15.0 * tick, ttft_attainment=attained)))
     assert float(policy.headroom[0]) == pytest.approx(1.0, abs=0.08)
+
+
+def test_two_windows_by_hand() -> None:
+    dial = HeadroomDial(SERVICES)
+    # 60 requests, 0.6 missed, which is what 1 % allows: a burn rate of 1, 0.5 above the aim, at 0.4 an hour.
+    first = dial.update(snapshot(ttft_attainment=0.99, finished_rps=4.0)).copy()
+    assert first == pytest.approx([0.4 * 0.5 * 15.0 / 3600.0])
+    short, long = np.exp(-15.0 / 300.0), np.exp(-15.0 / 3600.0)
+    missed_rps = (short * 0.6 + 0.3) / (short * 15.0 + 15.0)  # then 15 requests, 0.3 missed
+    allowed_rps = 0.01 * (long * 60.0 + 15.0) / (long * 15.0 + 15.0)
+    second = dial.update(snapshot(tpot_attainment=0.98, finished_rps=1.0))
+    assert second == pytest.approx(first + 0.4 * (missed_rps / allowed_rps - 0.5) * 15.0 / 3600.0)
+
+
+def test_misses_are_remembered_for_minutes_after_they_end() -> None:
+    policy = idle()
+    burnt = run(policy, 10, ttft_attainment=0.5)
+    assert run(policy, 10) > burnt
+
+
+def test_a_window_without_a_measurement_does_not_move_the_headroom() -> None:
+    with_gap, without = idle(), idle()
+    before = run(with_gap, 20, ttft_attainment=0.97), run(without, 20, ttft_attainment=0.97)
+    assert run(with_gap, 1, ttft_attainment=np.nan, tpot_attainment=np.nan) == before[0] == before[1]
+    assert run(with_gap, 20, ttft_attainment=0.98) == run(without, 20, ttft_attainment=0.98)
+
+
+def test_a_restored_headroom_goes_on_as_if_nothing_had_happened() -> None:
+    policy, other = idle(), idle()
+    run(policy, 20, ttft_attainment=0.7)
+    other.restore({name: array.copy() for name, array in policy.state().items()})
+    assert run(other, 20, ttft_attainment=0.9) == run(policy, 20, ttft_attainment=0.9) > 1.0
 
 
 def test_it_does_not_wind_up_where_a_rise_can_change_nothing() -> None:
@@ -85,7 +117,7 @@ def test_heavier_load_slows_what_is_measured_and_leaves_the_verdict_and_the_flee
 
 def test_nothing_compounds_inside_a_tolerance() -> None:
     policy = SelfTunedPolicy(HpaPolicy(SERVICES, target_share=10.0 / 64, stabilization_s=0.0), SERVICES)
-    policy._budget.dial[:] = np.log(1.5)
+    policy._dial.log_headroom[:] = np.log(1.5)
     current = 4.0
     for tick in range(20):
         seen: Snapshot = snapshot(

@@ -1,0 +1,104 @@
+"""The dial of the learned policy: the price of a miss, moved by the error budget.
+
+The network serves any price; which one a service needs, nobody knows beforehand. So an integrator finds it: where
+misses come in bursts, as they do, the mean burn rate settles at the aim, since a burst raises the price by about as
+much as the quiet after it lowers it.
+This module must not know the network.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from policies.contract import Bools, Floats, Snapshot
+from policies.durable import Durable, State
+from policies.error_budget import ErrorBudget
+from policies.fleet import Fleet
+
+MISS_PRICES = (1.0, 90.0)
+"""Lowest and highest price of a miss, in costs of serving a request: beyond them little changes but the bill."""
+FIRST_BUDGET_PRICE = 0.8
+"""Price of all allowed misses before anything is known of a service, over the cost of serving everything."""
+AIM = 0.9
+"""Share of the error budget that may be spent: what is left absorbs the next burst."""
+RISE = 1.0
+"""What missing an hour's budget adds to the log of the price."""
+CREST = 0.5
+"""Most that the misses of one crowd add to it."""
+RELUCTANCE = 0.25
+"""Share of the usual fall that is left where the last crowd struck."""
+EDGE = 0.3
+"""How far above the log price at which a crowd struck it is too low still."""
+NOTICE = 0.05
+"""Share of an hour's allowance that must be missed in one window to say that a crowd has struck."""
+QUIET_S = 600.0
+"""A crowd is over after this long without such a window."""
+CROWD_S = 1800.0
+"""What lasts longer is no crowd but the load: it counts as another one."""
+
+
+class MissPriceDial(Durable):
+    """An integrator per service on the misses, in units of what an hour allows.
+
+    Two things keep the price from swinging. One crowd says only that it was too low, not by how much: most of what is
+    missed comes before replicas can start, whatever the price. So it adds `CREST` at most. And where the edge is
+    steep, as a fleet that is a tenth smaller may serve a third of the requests too late, going there again must not be
+    cheap: up to a little above the price at which the last crowd struck, it falls with `RELUCTANCE`.
+
+    It starts where all allowed misses together cost the same, whatever the target: a miss that is allowed once in a
+    hundred requests is dearer than one in ten.
+
+    Args:
+        fleet: objectives of the services.
+        low: lowest natural log of a price that the network was trained for.
+        high: highest; `MISS_PRICES` counts where it is narrower.
+    """
+
+    def __init__(self, fleet: Fleet, low: float, high: float) -> None:
+        self.low, self.high = np.clip(np.log(MISS_PRICES), low, high).tolist()
+        self._budget = ErrorBudget(fleet)
+        self.log_price: Floats = self._first()
+        n = len(fleet)
+        # Of the last crowd: the log price when it struck, and the time since then and since its last sign.
+        self._struck_at = np.full(n, -np.inf)  # nowhere yet
+        self._struck_s, self._quiet_s = np.full(n, np.inf), np.full(n, np.inf)
+
+    def reset(self, services: Bools | None = None) -> None:
+        """Forget the masked services, all when None."""
+        rows = slice(None) if services is None else services
+        self._budget.reset(services)
+        self.log_price[rows] = self._first()[rows]
+        self._struck_at[rows] = -np.inf
+        self._struck_s[rows] = self._quiet_s[rows] = np.inf
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned, between these ends."""
+        super().restore(state)
+        self.log_price = np.clip(self.log_price, self.low, self.high)
+
+    def update(self, snapshot: Snapshot) -> Floats:
+        """Account for one window; the natural log of the price (n,). Windows without a measurement change nothing."""
+        missed, allowed_rps, seconds, known = self._budget.account(snapshot)
+        spent_hours = missed / np.maximum(3600.0 * allowed_rps, 1e-12)
+        self._notice(spent_hours > NOTICE, known, seconds)
+        room = np.maximum(self._struck_at + CREST - self.log_price, 0.0)
+        rise = np.minimum(RISE * spent_hours, np.where(self._quiet_s <= QUIET_S, room, np.inf))
+        steep = self.log_price <= self._struck_at + EDGE
+        fall = RISE * AIM * seconds / 3600.0 * np.where(steep, RELUCTANCE, 1.0)
+        moved = np.clip(self.log_price + rise - fall, self.low, self.high)
+        self.log_price = np.where(known, moved, self.log_price)
+        return self.log_price
+
+    def _notice(self, struck: Bools, known: Bools, seconds: Floats) -> None:
+        """Account for crowds."""
+        another = known & struck & ((self._quiet_s > QUIET_S) | (self._struck_s > CROWD_S))
+        self._struck_at = np.where(another, self.log_price, self._struck_at)
+        self._struck_s = np.where(another, 0.0, np.where(known, self._struck_s + seconds, self._struck_s))
+        self._quiet_s = np.where(known, np.where(struck, 0.0, self._quiet_s + seconds), self._quiet_s)
+
+    def _first(self) -> Floats:
+        """(n,) log of the price before anything is known."""
+        first = math.log(FIRST_BUDGET_PRICE) - np.log(1.0 - self._budget.fleet.attainment_target)
+        return np.asarray(np.clip(first, self.low, self.high))
