@@ -97,7 +97,7 @@ DETAILS ?= runs/scoreboard/details.json
 model-card: $(STAMP) ## Write docs/model_card.md from the shipped bundle and from DETAILS, the evaluations that judged it.
 	$(BIN)/python -m training.model_card $(DETAILS)
 
-pictures: $(STAMP) ## Draw docs/images: a burst, and the learning curves of the training run in RUN where one is named.
+pictures: $(STAMP) ## Draw docs/images: bursts, and the learning curves of the training run in RUN where one is named.
 	$(BIN)/python -m training.pictures $(if $(RUN),--run $(RUN)) $(ARGS)
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.

@@ -1,4 +1,4 @@
-"""Writes the pictures of ``docs/images``: a burst under several policies, and learning curves: ``make pictures``.
+"""Writes the pictures of ``docs/images``: bursts under several policies, and learning curves: ``make pictures``.
 
 This module must not know how the figures came about.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 
     from training.timeline import Timeline
 
+
+class Picture(NamedTuple):
+    """A scenario to show and the policies to show on it."""
+
+    suite: str
+    scenario: str
+    policies: tuple[str, ...]
+
+
+PICTURES = {
+    "burst": Picture("dev", "flash crowd", ("learned", "reactive", "llm-d-tokens", "plan")),
+    "standing": Picture("standing", "bursts, then calm", ("learned", "reactive", "llm-d-tokens", "hpa")),
+}
+"""By the name of the file."""
 COLOURS = ("#3556c8", "#d9822b", "#1f9d7a", "#111827", "#9b4fc0")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "jevons",
@@ -149,11 +163,6 @@ def save(figure: Figure, path: Path) -> None:
 
 @one_sentence_errors
 def main(
-    suite: Annotated[str, typer.Option(help="Suite of the burst.")] = "dev",
-    scenario: Annotated[str, typer.Option(help="Scenario of the burst.")] = "flash crowd",
-    policy: Annotated[str, typer.Option(help="Policies to show, comma-separated; `plan` is the clairvoyant one.")] = (
-        "learned,reactive,llm-d-tokens,plan"
-    ),
     run: Annotated[
         Path | None, typer.Option(help="Folder of a training run, such as runs/train, for the learning curves.")
     ] = None,
@@ -162,19 +171,19 @@ def main(
 ) -> None:
     """Draw the pictures of the documentation."""
     from envs.kernel_cache import warm_up
-    from policies.lineup import split_references
     from training.evaluate import evaluate
     from training.result_cache import ResultCache
     from training.scenarios import load_suite
 
     curves = read_curves(run) if run is not None else []
-    chosen = load_suite(suite).only([scenario])
     warm_up(say)
-    with progress_bar("replaying") as on_progress:
-        found = evaluate(chosen, split_references([policy]), on_progress=on_progress, cache=ResultCache(cache))
-    lines = {name: line for (_, name), line in found.timelines.items()}
-    target = chosen.scenarios[0].slo.attainment
-    save(burst(lines, f"{scenario}: {chosen.scenarios[0].description}", target), out / "burst.svg")
+    for name, (suite, scenario, policies) in PICTURES.items():
+        chosen = load_suite(suite).only([scenario])
+        shown = chosen.scenarios[0]
+        with progress_bar(f"replaying {scenario}") as on_progress:
+            found = evaluate(chosen, policies, on_progress=on_progress, cache=ResultCache(cache))
+        lines = {policy: line for (_, policy), line in found.timelines.items()}
+        save(burst(lines, f"{scenario}: {shown.description}", shown.slo.attainment), out / f"{name}.svg")
     if curves:
         seeds = "one seed" if len(curves) == 1 else f"{len(curves)} seeds: mean, lowest and highest"
         title = f"Validation of {seeds}: cost with misses; shares of requests in time, of services that hold the SLO"

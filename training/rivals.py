@@ -26,8 +26,8 @@ def _tuned(*modes: str) -> Callable[[Row], bool]:
     return lambda row: row["tuned"] in modes and row["policy"] != LEARNED
 
 
-def _reference(name: str) -> Callable[[Row], bool]:
-    return lambda row: row["policy"] == name and row["tuned"] == REFERENCE
+def _only(policy: str, tuned: str) -> Callable[[Row], bool]:
+    return lambda row: row["policy"] == policy and row["tuned"] == tuned
 
 
 GROUPS: dict[str, Callable[[Row], bool]] = {
@@ -35,8 +35,8 @@ GROUPS: dict[str, Callable[[Row], bool]] = {
     "the best self-tuned peer or rule": _tuned("self"),
     "the best tuned rule of our own": lambda row: _tuned("train")(row) and is_rule(row["policy"]),
     "the best peer in hindsight": lambda row: _tuned("hindsight")(row) and is_peer(row["policy"]),
-    "the best static fleet in hindsight": _reference("best-static"),
-    "the clairvoyant plan": _reference("plan"),
+    "the best static fleet in hindsight": _only("best-static", REFERENCE),
+    "the clairvoyant plan": _only("plan", REFERENCE),
 }
 
 
@@ -117,10 +117,6 @@ def misses(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Miss]:
             )
         )
     return found
-
-
-def _only(policy: str, tuned: str) -> Callable[[Row], bool]:
-    return lambda row: row["policy"] == policy and row["tuned"] == tuned
 
 
 def _against(name: str, belongs: Callable[[Row], bool], rows: Sequence[Row], scenarios: Sequence[Row]) -> Rivalry:

@@ -5,9 +5,11 @@ import pytest
 import typer
 from worlds import chat, suite_of
 
+from policies.lineup import REFERENCES, resolve
 from training import pictures
 from training.evaluate import evaluate
 from training.pictures import burst, learning, read_curves, save
+from training.scenarios import load_suite
 
 
 def words(path):
@@ -65,6 +67,13 @@ def test_learning_curves_are_the_mean_over_seeds_as_far_as_all_went(tmp_path):
     (band,) = score.collections
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
     assert (low, high) == pytest.approx((2.0, 5.0))
+
+
+@pytest.mark.parametrize("picture", pictures.PICTURES.values(), ids=pictures.PICTURES)
+def test_what_is_shown_is_there(picture):
+    (scenario,) = load_suite(picture.suite).only([picture.scenario]).scenarios
+    assert scenario.description
+    assert all(resolve(name).reference == name for name in picture.policies if name not in REFERENCES)
 
 
 def test_a_folder_without_a_run_is_refused_before_anything_is_replayed(tmp_path, capsys):
