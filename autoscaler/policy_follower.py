@@ -49,6 +49,10 @@ class PolicyConfig(StrictModel):
         default="learned",
         description="`learned` for the shipped bundle, a bundle file, models:/NAME@ALIAS, or a rule such as hpa.",
     )
+    first_prices: dict[str, Positive] = Field(
+        default={},
+        description="Of services with a recording: the price of a miss to begin with, see docs/evaluation.md.",
+    )
     challenger: str | None = Field(
         default=None, description="A second models:/NAME@ALIAS that runs in the shadow; its targets are recorded."
     )
@@ -82,13 +86,15 @@ class RegistryUnavailable(RuntimeError):  # noqa: N818 - reads as the state that
     """Raised when the registry gives no answer, or not the bundle that it should."""
 
 
-def warmed(bundle: PolicyBundle, fleet: Fleet, interface: InterfaceSpec) -> LearnedPolicy:
+def warmed(
+    bundle: PolicyBundle, fleet: Fleet, interface: InterfaceSpec, first_price: Floats | None = None
+) -> LearnedPolicy:
     """The policy of a bundle, checked against the interface and run once, so that its first tick is not slow.
 
     Raises:
         BundleMismatch: when it does not fit, or cannot be run.
     """
-    policy = LearnedPolicy(bundle, fleet, interface)
+    policy = LearnedPolicy(bundle, fleet, interface, first_price)
     for rows in WARM_ROWS:
         policy.outputs(np.zeros((rows, len(FEATURES)), np.float32))
     return policy
@@ -162,15 +168,24 @@ class PolicyFollower:
         config: where and how often to look.
         fleet: the services.
         interface: what this controller encodes and decodes.
+        first_price: of a miss (n,), NaN where none is known; None: nowhere.
     """
 
-    def __init__(self, reference: str, config: PolicyConfig, fleet: Fleet, interface: InterfaceSpec) -> None:
+    def __init__(
+        self,
+        reference: str,
+        config: PolicyConfig,
+        fleet: Fleet,
+        interface: InterfaceSpec,
+        first_price: Floats | None = None,
+    ) -> None:
         self.reference = reference
         self.problem = ""
         """What went wrong at the last look, empty when nothing did."""
         self._config = config
         self._fleet = fleet
         self._interface = interface
+        self._first_price = first_price
         self._lock = threading.Lock()
         self._ready: Version | None = None
         self._loaded: str | None = None
@@ -183,7 +198,7 @@ class PolicyFollower:
             label, path = self._locate()
             bundle = load_bundle(path)
             if bundle.digest not in self._refused and bundle.digest != self._loaded:
-                version = Version(label, warmed(bundle, self._fleet, self._interface))
+                version = Version(label, self._warmed(bundle))
                 with self._lock:
                     self._ready, self._loaded = version, bundle.digest
             self.problem = ""
@@ -221,6 +236,9 @@ class PolicyFollower:
         path = SHIPPED_BUNDLE if self.reference == "learned" else Path(self.reference)
         return path.name, path
 
+    def _warmed(self, bundle: PolicyBundle) -> LearnedPolicy:
+        return warmed(bundle, self._fleet, self._interface, self._first_price)
+
     def _fall_back_on_kept(self) -> None:
         """At the start, with the registry down: the bundle of the last run."""
         kept = kept_bundle(self.reference, self._config.cache)
@@ -228,7 +246,7 @@ class PolicyFollower:
             return
         try:
             bundle = load_bundle(kept[1])
-            version = Version(kept[0], warmed(bundle, self._fleet, self._interface))
+            version = Version(kept[0], self._warmed(bundle))
         except BundleMismatch as error:
             self.problem = f"{self.problem}; the kept copy: {error}"
             return

@@ -332,12 +332,13 @@ class LiveService:
     ) -> Lifecycle:
         config = self.config.policy
         champion = challenger = None
+        first_price = np.array([config.first_prices.get(name, np.nan) for name in self.services])
         if is_learned(config):
-            champion = PolicyFollower(config.reference, config, fleet, interface)
+            champion = PolicyFollower(config.reference, config, fleet, interface, first_price)
         else:
             self.ladder.baseline = make_policy(config.reference, fleet, specs)
         if config.challenger is not None:
-            challenger = PolicyFollower(config.challenger, config, fleet, interface)
+            challenger = PolicyFollower(config.challenger, config, fleet, interface, first_price)
         probation = Probation(config.rollback)
         return Lifecycle(champion, challenger, self.ladder, self.counterfactuals, probation, fleet, overhead_rate)
 

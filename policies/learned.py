@@ -20,12 +20,13 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from policies.action import ACTIONS, decode_action
+from policies.baselines.parameters import Parameter
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
 from policies.files import write_whole
 from policies.fleet import Fleet
-from policies.miss_price import MissPriceDial
+from policies.miss_price import MISS_PRICES, MissPriceDial
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
 
@@ -165,14 +166,33 @@ class LearnedPolicy(Durable):
         bundle: verified weights and manifest.
         fleet: the services.
         interface: what this controller encodes and decodes.
+        first_price: of a miss, where one is known to serve the service's own traffic: one for all, or (n,) with NaN
+            where none is known.
 
     Raises:
         BundleMismatch: when the bundle was trained for another interface, or its network has other shapes.
     """
 
     name = "learned"
+    PARAMETERS = (
+        Parameter(
+            "first_price",
+            16.0,
+            low=MISS_PRICES[0],
+            high=MISS_PRICES[1],
+            log=True,
+            most=1000.0,
+            meaning="price of a miss to begin with, in costs of serving a request",
+        ),
+    )
 
-    def __init__(self, bundle: PolicyBundle, fleet: Fleet, interface: InterfaceSpec) -> None:
+    def __init__(
+        self,
+        bundle: PolicyBundle,
+        fleet: Fleet,
+        interface: InterfaceSpec,
+        first_price: Floats | float | None = None,
+    ) -> None:
         import onnxruntime
 
         if bundle.manifest.interface_digest != interface.digest():
@@ -195,7 +215,7 @@ class LearnedPolicy(Durable):
         self._fleet = fleet
         self._interface = interface
         middle, span = bundle.manifest.log_miss_price, bundle.manifest.log_miss_price_span
-        self._dial = MissPriceDial(fleet, middle - span, middle + span)
+        self._dial = MissPriceDial(fleet, middle - span, middle + span, first_price)
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the error budgets of the masked services."""

@@ -2,7 +2,8 @@
 
 The name of a baseline, with parameters after colons (``hpa:target_share=0.6:tolerance=0.2``), see ``docs/peers.md``;
 ``learned`` for the bundle that ships with Jevons; a path to a bundle; ``models:/NAME@ALIAS`` or ``models:/NAME/3`` for
-one in the model registry. ``+self`` behind any of these lets an error budget move its headroom (``hpa+self``).
+one in the model registry; each of these takes ``:first_price=6``. ``+self`` behind a name lets an error budget move its
+headroom (``hpa+self``).
 This module must not know what a policy is judged on, nor how a registry is reached: the caller brings that along.
 """
 
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +70,7 @@ BASELINES: dict[str, type[TunablePolicy]] = {
 """Every policy that ships and is not learned, by name: our own rules first, then the peers."""
 OWN = (ReactivePolicy.name, TokenDemandPolicy.name)
 """The baselines that no other project wrote."""
-ALL = ("learned", *BASELINES)
+ALL = (LearnedPolicy.name, *BASELINES)
 """What ``all`` stands for, together with the references."""
 REFERENCES = ("bound", "plan", "best-static")
 """Rows of a table that no policy makes, see `training.oracle`."""
@@ -84,7 +86,7 @@ class Entry:
     Attributes:
         reference: the words that asked for it.
         kind: the name of a baseline, or ``learned``.
-        parameters: of a baseline.
+        parameters: that the reference sets.
         bundle: of a learned policy.
         self_tuned: whether an error budget moves its headroom.
     """
@@ -127,15 +129,13 @@ def resolve(reference: str, registry: Registry | None = None) -> Entry:
         ConfigError: when the policy, a parameter or a value is unknown; the message lists what exists.
         BundleMismatch: when a bundle is missing or cannot be trusted.
     """
-    name, *assignments = reference.split(":")
-    asked = reference.removesuffix(SELF)
-    if name.removesuffix(SELF) in BASELINES:
-        kind = name.removesuffix(SELF)
-        tuned = name.endswith(SELF)
-        if tuned and kind == CONSTANT:
+    name, assignments = _split(reference)
+    asked, tuned = name.removesuffix(SELF), name.endswith(SELF)
+    if asked in BASELINES:
+        if tuned and asked == CONSTANT:
             raise ConfigError(f"policy {reference!r}: a constant fleet looks at nothing, so it cannot tune itself")
-        return Entry(reference, kind, _parameters(reference, kind, assignments), None, tuned)
-    if asked == "learned":
+        return Entry(reference, asked, _parameters(reference, asked, assignments), None, tuned)
+    if asked == LearnedPolicy.name:
         if not SHIPPED_BUNDLE.is_file():
             raise ConfigError(
                 "no pretrained policy ships with this checkout (configs/policies/default.zip is missing): "
@@ -150,7 +150,8 @@ def resolve(reference: str, registry: Registry | None = None) -> Entry:
         path = Path(asked)
     else:
         raise ConfigError(f"unknown policy {reference!r}; there are {_known()}")
-    return Entry(reference, "learned", {}, load_bundle(path), reference.endswith(SELF))
+    parameters = _parameters(reference, LearnedPolicy.name, assignments)
+    return Entry(reference, LearnedPolicy.name, parameters, load_bundle(path), tuned)
 
 
 def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
@@ -165,9 +166,9 @@ def build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
 
 
 def _build(entry: Entry, fleet: Fleet, interface: InterfaceSpec) -> Policy:
+    values: dict[str, Any] = dict(entry.parameters)
     if entry.bundle is not None:
-        return LearnedPolicy(entry.bundle, fleet, interface)
-    values: dict[str, object] = dict(entry.parameters)
+        return LearnedPolicy(entry.bundle, fleet, interface, **values)
     replicas = values.get("replicas")
     if isinstance(replicas, list):
         if len(replicas) not in {1, fleet.pools}:
@@ -213,8 +214,10 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
 
 def tunable_parameters(reference: str) -> tuple[Parameter, ...]:
     """What a tuner may set of a policy; nothing of one whose reference names parameters already, or has none."""
-    policy = BASELINES.get(reference.removesuffix(SELF))
-    return () if policy is None else policy.PARAMETERS
+    name, assignments = _split(reference)
+    if assignments:
+        return ()
+    return BASELINES.get(name.removesuffix(SELF), LearnedPolicy).PARAMETERS
 
 
 def reference_of(policy: str, settings: Mapping[str, Setting]) -> str:
@@ -228,10 +231,8 @@ def self_tuned(policy: str) -> str:
     >>> self_tuned("hpa:target_share=0.6"), self_tuned("static")
     ('hpa+self:target_share=0.6', 'static')
     """
-    name, colon, settings = policy.partition(":")
-    if name == CONSTANT:
-        return policy
-    return f"{name}{SELF}{colon}{settings}" if name in BASELINES else f"{policy}{SELF}"
+    name, assignments = _split(policy)
+    return policy if name == CONSTANT else ":".join([f"{name}{SELF}", *assignments])
 
 
 def is_peer(reference: str) -> bool:
@@ -245,6 +246,18 @@ def is_rule(reference: str) -> bool:
     return reference.split(":")[0].removesuffix(SELF) in OWN
 
 
+def _split(reference: str) -> tuple[str, list[str]]:
+    """What a reference names, and the assignments behind it. ``models:/NAME`` has a colon of its own.
+
+    >>> _split("hpa:target_share=0.6"), _split("models:/chat/3"), _split("hpa:0.6")
+    (('hpa', ['target_share=0.6']), ('models:/chat/3', []), ('hpa', ['0.6']))
+    """
+    name, *rest = reference.split(":")
+    if rest and rest[0].startswith("/"):
+        name, rest = f"{name}:{rest[0]}", rest[1:]
+    return name, rest
+
+
 def _counts(text: str) -> list[int]:
     numbers = [int(part) for part in text.split("/")]
     if min(numbers) < 0:
@@ -254,7 +267,7 @@ def _counts(text: str) -> list[int]:
 
 def _parameters(reference: str, kind: str, assignments: list[str]) -> dict[str, Value]:
     known: dict[str, tuple[Callable[[str], Value], str]] = {
-        item.name: (item.parse, item.expected) for item in BASELINES[kind].PARAMETERS
+        item.name: (item.parse, item.expected) for item in BASELINES.get(kind, LearnedPolicy).PARAMETERS
     }
     if kind == CONSTANT:  # what an operator sets and no tuner searches
         known["replicas"] = (_counts, "a number of replicas, or one per pool as in 4/2")

@@ -9,6 +9,7 @@ This module must not know the network.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,8 @@ AIM = 0.9
 """Share of the error budget that may be spent: what is left absorbs the next burst."""
 RISE = 1.0
 """What missing an hour's budget adds to the log of the price."""
+KNOWN_RISE = 0.25
+"""The same where the first price was found on the service's own traffic: an hour says little beside days."""
 CREST = 0.5
 """Most that the misses of one crowd add to it."""
 RELUCTANCE = 0.25
@@ -39,6 +42,13 @@ CROWD_S = 1800.0
 """What lasts longer is no crowd but the load: it counts as another one."""
 
 
+class Course(NamedTuple):
+    """Where the dials of the services begin and how fast they move, (n,) each: settings, so no memory of the dial."""
+
+    first: Floats  # natural log of the price
+    rise: Floats  # what missing an hour's budget adds to it
+
+
 class MissPriceDial(Durable):
     """An integrator per service on the misses, in units of what an hour allows.
 
@@ -48,18 +58,22 @@ class MissPriceDial(Durable):
     cheap: up to a little above the price at which the last crowd struck, it falls with `RELUCTANCE`.
 
     It starts where all allowed misses together cost the same, whatever the target: a miss that is allowed once in a
-    hundred requests is dearer than one in ten.
+    hundred requests is dearer than one in ten. Where a price is known that serves a recording of the service's own
+    traffic, it starts there and moves four times more slowly.
 
     Args:
         fleet: objectives of the services.
         low: lowest natural log of a price that the network was trained for.
         high: highest; `MISS_PRICES` counts where it is narrower.
+        first_price: to begin with, in costs of serving a request: one for all services, or (n,) with NaN where none is
+            known; None: nowhere.
     """
 
-    def __init__(self, fleet: Fleet, low: float, high: float) -> None:
+    def __init__(self, fleet: Fleet, low: float, high: float, first_price: Floats | float | None = None) -> None:
         self.low, self.high = np.clip(np.log(MISS_PRICES), low, high).tolist()
         self._budget = ErrorBudget(fleet)
-        self.log_price: Floats = self._first()
+        self._course = self._course_of(np.nan if first_price is None else first_price)
+        self.log_price: Floats = self._course.first.copy()
         n = len(fleet)
         # Of the last crowd: the log price when it struck, and the time since then and since its last sign.
         self._struck_at = np.full(n, -np.inf)  # nowhere yet
@@ -69,7 +83,7 @@ class MissPriceDial(Durable):
         """Forget the masked services, all when None."""
         rows = slice(None) if services is None else services
         self._budget.reset(services)
-        self.log_price[rows] = self._first()[rows]
+        self.log_price[rows] = self._course.first[rows]
         self._struck_at[rows] = -np.inf
         self._struck_s[rows] = self._quiet_s[rows] = np.inf
 
@@ -84,9 +98,9 @@ class MissPriceDial(Durable):
         spent_hours = missed / np.maximum(3600.0 * allowed_rps, 1e-12)
         self._notice(spent_hours > NOTICE, known, seconds)
         room = np.maximum(self._struck_at + CREST - self.log_price, 0.0)
-        rise = np.minimum(RISE * spent_hours, np.where(self._quiet_s <= QUIET_S, room, np.inf))
+        rise = np.minimum(self._course.rise * spent_hours, np.where(self._quiet_s <= QUIET_S, room, np.inf))
         steep = self.log_price <= self._struck_at + EDGE
-        fall = RISE * AIM * seconds / 3600.0 * np.where(steep, RELUCTANCE, 1.0)
+        fall = self._course.rise * AIM * seconds / 3600.0 * np.where(steep, RELUCTANCE, 1.0)
         moved = np.clip(self.log_price + rise - fall, self.low, self.high)
         self.log_price = np.where(known, moved, self.log_price)
         return self.log_price
@@ -98,7 +112,9 @@ class MissPriceDial(Durable):
         self._struck_s = np.where(another, 0.0, np.where(known, self._struck_s + seconds, self._struck_s))
         self._quiet_s = np.where(known, np.where(struck, 0.0, self._quiet_s + seconds), self._quiet_s)
 
-    def _first(self) -> Floats:
-        """(n,) log of the price before anything is known."""
-        first = math.log(FIRST_BUDGET_PRICE) - np.log(1.0 - self._budget.fleet.attainment_target)
-        return np.asarray(np.clip(first, self.low, self.high))
+    def _course_of(self, first_price: Floats | float) -> Course:
+        fleet = self._budget.fleet
+        known = np.broadcast_to(np.log(first_price), len(fleet))
+        by_target = math.log(FIRST_BUDGET_PRICE) - np.log(1.0 - fleet.attainment_target)
+        first = np.clip(np.where(np.isnan(known), by_target, known), self.low, self.high)
+        return Course(first, np.where(np.isnan(known), RISE, KNOWN_RISE))

@@ -17,7 +17,7 @@ import yaml
 from policies.files import write_text
 from policies.learned import PolicyBundle, load_bundle
 from policies.lineup import SHIPPED_BUNDLE, is_peer, is_rule
-from training.cells import label
+from training.cells import DEFAULT, label
 from training.console import one_sentence_errors
 from training.standings import WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
 from training.tables import shown_ratio, table
@@ -193,7 +193,7 @@ def _results(found: Row) -> Iterator[str]:
 
 
 def _scenario(rows: Sequence[Row], scenario: Row) -> tuple[str, ...]:
-    own = next(row for row in rows if row["policy"] == LEARNED)
+    own = next(row for row in rows if row["policy"] == LEARNED and row["tuned"] == DEFAULT)
     rule = cheapest(row for row in rows if is_rule(row["policy"]) and row["tuned"] in WITHOUT_FORESIGHT)
     return (
         scenario["name"],
@@ -220,9 +220,7 @@ def _limits(evaluations: Sequence[Row]) -> str:
     ]
     for found in evaluations:
         rows = {
-            row["scenario"]: row
-            for row in found["by_scenario"]
-            if row["policy"] == LEARNED and row["tuned"] == "default"
+            row["scenario"]: row for row in found["by_scenario"] if row["policy"] == LEARNED and row["tuned"] == DEFAULT
         }
         missed = [name for name, row in rows.items() if not row["holds_slo"]]
         unservable = {scenario["name"] for scenario in found["scenarios"] if scenario["servable"] is False}

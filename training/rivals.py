@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policies.lineup import is_peer, is_rule
-from training.cells import label
+from training.cells import DEFAULT, label
 from training.scores import REFERENCE
 from training.standings import cheapest, geometric_mean
 
@@ -30,6 +30,7 @@ def _only(policy: str, tuned: str) -> Callable[[Row], bool]:
     return lambda row: row["policy"] == policy and row["tuned"] == tuned
 
 
+_shipped, _trained = _only(LEARNED, DEFAULT), _only(LEARNED, "train")
 GROUPS: dict[str, Callable[[Row], bool]] = {
     "the best tuned peer": lambda row: _tuned("train")(row) and is_peer(row["policy"]),
     "the best self-tuned peer or rule": _tuned("self"),
@@ -51,6 +52,7 @@ class Rivalry:
         cost: of the learned policy over the rival's there, geometric mean and bootstrap interval over scenarios; None
             where there are none.
         by_source: the same on ``generated`` and ``real`` traffic alone.
+        cost_tuned: the same where the learned policy, too, was tuned on the train slice; None where it was not.
     """
 
     rival: str
@@ -58,6 +60,7 @@ class Rivalry:
     both: int
     cost: Interval | None
     by_source: dict[str, Interval | None]
+    cost_tuned: Interval | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def rivalries(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Rivalry]:
     """
     singles = sorted({(row["policy"], row["tuned"]) for row in rows if _tuned("train", "self")(row)})
     rivals = GROUPS | {label(policy, tuned): _only(policy, tuned) for policy, tuned in singles}
-    if not any(row["policy"] == LEARNED for row in rows):
+    if not any(_shipped(row) for row in rows):
         return []
     found = (_against(name, belongs, rows, scenarios) for name, belongs in rivals.items())
     return [item for item in found if item.held]
@@ -101,7 +104,7 @@ def misses(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Miss]:
     found = []
     for scenario in scenarios:
         own = [row for row in rows if row["scenario"] == scenario["name"]]
-        learned = next((row for row in own if row["policy"] == LEARNED), None)
+        learned = next(filter(_shipped, own), None)
         if learned is None or learned["holds_slo"]:
             continue
         rival = cheapest(row for row in own if _tuned("default", "train", "self")(row))
@@ -122,15 +125,18 @@ def misses(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Miss]:
 def _against(name: str, belongs: Callable[[Row], bool], rows: Sequence[Row], scenarios: Sequence[Row]) -> Rivalry:
     held = 0
     ratios: dict[str, list[float]] = {source: [] for source in SOURCES}
+    tuned = []
     for scenario in scenarios:
         own = [row for row in rows if row["scenario"] == scenario["name"]]
-        rival = cheapest(row for row in own if belongs(row))
+        rival = cheapest(filter(belongs, own))
         if rival is None:
             continue
         held += 1
-        learned = cheapest(row for row in own if row["policy"] == LEARNED)
-        if learned is not None:
-            ratios[scenario["source"]].append(learned["usd"] / rival["usd"])
+        shipped, on_train = cheapest(filter(_shipped, own)), cheapest(filter(_trained, own))
+        if shipped is not None:
+            ratios[scenario["source"]].append(shipped["usd"] / rival["usd"])
+        if on_train is not None:
+            tuned.append(on_train["usd"] / rival["usd"])
     everywhere = [ratio for source in SOURCES for ratio in ratios[source]]
     by_source = {source: geometric_mean(ratios[source]) for source in SOURCES}
-    return Rivalry(name, held, len(everywhere), geometric_mean(everywhere), by_source)
+    return Rivalry(name, held, len(everywhere), geometric_mean(everywhere), by_source, geometric_mean(tuned))

@@ -18,6 +18,7 @@ from envs.traces import Trace
 from policies.baselines.parameters import Parameter, Setting
 from policies.fleet import Fleet
 from policies.lineup import build, resolve, starting_spec, tunable_parameters
+from training.registry import resolve_bundle
 from training.replay import SideBySide, World
 from training.result_cache import ResultCache, scenario_key
 from training.scenarios import Scenario
@@ -86,7 +87,7 @@ def try_settings(scenario: Scenario, references: Sequence[str]) -> list[tuple[fl
     traces = traces_of(scenario)
     specs, policies = [], []
     for reference in references:
-        entry = resolve(reference)
+        entry = resolve(reference, resolve_bundle)
         spec = starting_spec(entry, scenario.spec)
         for _ in traces:
             specs.append(spec)
