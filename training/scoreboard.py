@@ -147,10 +147,10 @@ def _learned(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[str]:
         return []
     sources = {scenario["source"] for scenario in scenarios}
     told = (
-        "The bill of the learned policy, as it ships, over that of the other, on the scenarios that both hold: geometric "
-        "mean and bootstrap interval over scenarios (2.5 to 97.5 %); in the last column its first price of a miss is "
-        "tuned on the train slice, as the others' settings are. First against the cheapest of a group *per scenario*, "
-        "which nobody runs and nobody knows beforehand."
+        "The bill of the learned policy, as it ships, over that of the other, on the scenarios that both hold: "
+        "geometric mean and bootstrap interval over scenarios (2.5 to 97.5 %); in the last column its first price of a "
+        "miss is tuned on the train slice, as the others' settings are. First against the cheapest of a group *per "
+        "scenario*, which nobody runs and nobody knows beforehand."
     )
     groups = [item for item in found if item.rival in GROUPS]
     singles = [item for item in found if item.rival not in GROUPS]

@@ -228,3 +228,13 @@ def test_probation_waits_for_enough_requests_and_names_what_got_worse() -> None:
 def test_warming_refuses_what_cannot_run() -> None:
     fleet = Fleet.from_specs([service_spec()])
     assert warmed(load_bundle(SHIPPED_BUNDLE), fleet, InterfaceSpec()).bundle.source
+
+
+def test_known_prices_reach_every_policy_that_is_loaded(tmp_path: Path) -> None:
+    fleet = Fleet.from_specs([service_spec(), service_spec()])
+    own = PolicyFollower("learned", PolicyConfig(cache=tmp_path), fleet, InterfaceSpec(), np.array([np.nan, 3.0]))
+    own.look()
+    version = own.take()
+    assert version is not None
+    first, second = np.exp(version.policy._dial.log_price).tolist()
+    assert second == pytest.approx(3.0) != pytest.approx(first)

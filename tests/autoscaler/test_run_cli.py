@@ -122,6 +122,8 @@ def test_bad_input_is_one_sentence(config: Path, words: tuple[str, ...], sentenc
         ({"name": "Not a name"}, "name"),
         ({"services": ["nowhere.yaml"]}, "nowhere.yaml: no such file"),
         ({"records": {"url": "sqlite:///x", "keep_days": 0}}, "records.keep_days"),
+        ({"policy": {"first_prices": {"nobody": 3}}}, "policy.first_prices: there is no service 'nobody'"),
+        ({"policy": {"first_prices": {"chat": 0}}}, "policy.first_prices.chat"),
     ],
 )
 def test_a_wrong_field_is_named(config: Path, change: dict[str, object], field: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from policies.contract import take_rows
 from policies.fleet import Fleet
-from policies.miss_price import AIM, CREST, EDGE, MISS_PRICES, RELUCTANCE, RISE, MissPriceDial
+from policies.miss_price import AIM, CREST, EDGE, KNOWN_RISE, MISS_PRICES, RELUCTANCE, RISE, MissPriceDial
 from policies.spec import Slo
 
 WINDOWS_PER_HOUR = 240
@@ -37,6 +37,34 @@ def test_all_allowed_misses_cost_the_same_at_first_whatever_the_target() -> None
     for attainment in (0.9, 0.95, 0.98):
         first = MissPriceDial(services(attainment=attainment), -10.0, 10.0).log_price
         assert np.exp(first) * (1.0 - attainment) == pytest.approx([0.8])
+
+
+def test_it_starts_at_a_known_price_and_moves_slowly_from_there() -> None:
+    known = MissPriceDial(services(), -10.0, 10.0, first_price=6.0)
+    assert known.log_price == pytest.approx(np.log([6.0]))
+    assert after(known, WINDOWS_PER_HOUR, 1.0) == pytest.approx(np.log(6.0) - KNOWN_RISE * AIM)
+    known.reset()
+    assert known.log_price == pytest.approx(np.log([6.0]))
+    assert after(known, 30, 0.2) > np.log(6.0)  # and still learns from misses
+
+
+def test_services_without_a_known_price_are_as_if_none_were() -> None:
+    mixed = MissPriceDial(services(2), -10.0, 10.0, first_price=np.array([np.nan, 6.0]))
+    alone = dial()
+    for _ in range(20):
+        moved = mixed.update(snapshot(2, ttft_attainment=0.9))
+        apart = alone.update(snapshot(ttft_attainment=0.9))
+    assert moved[0] == apart[0]
+    assert MissPriceDial(services(), -10.0, 10.0, first_price=1e6).log_price == pytest.approx([HIGH])
+
+
+def test_a_known_price_is_a_setting_not_a_memory() -> None:
+    known, other = (MissPriceDial(services(), -10.0, 10.0, first_price=price) for price in (6.0, 30.0))
+    assert known.state().keys() == dial().state().keys()
+    other.restore(known.state())
+    assert other.log_price == known.log_price
+    other.reset()
+    assert other.log_price == pytest.approx(np.log([30.0]))
 
 
 def test_it_stays_within_what_the_network_was_trained_for_and_within_the_prices() -> None:

@@ -255,6 +255,19 @@ def test_an_unknown_policy_or_parameter_is_one_sentence(reference, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("learned:price=6", r"unknown parameter 'price=6'; learned has first_price, as in learned:first_price=VALUE"),
+        ("learned:first_price=0", r"parameter first_price: expected a number above 0, at most 1000, got '0'"),
+        ("models:/chat:first_price=x", r"parameter first_price: expected a number"),
+    ],
+)
+def test_a_first_price_that_makes_no_sense_is_one_sentence(reference, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        lineup.resolve(reference, lambda asked: lineup.SHIPPED_BUNDLE)
+
+
 def test_a_missing_pretrained_policy_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(lineup, "SHIPPED_BUNDLE", tmp_path / "none.zip")
     with pytest.raises(ConfigError, match="no pretrained policy ships with this checkout"):
@@ -289,8 +302,18 @@ def test_settings_become_a_reference_and_back():
     entry = lineup.resolve(reference)
     assert (entry.kind, entry.self_tuned, entry.parameters) == ("keda", True, {"trigger": "running", "threshold": 2.5})
     assert lineup.tunable_parameters("keda+self") == lineup.BASELINES["keda"].PARAMETERS
-    assert lineup.tunable_parameters("keda:threshold=2") == lineup.tunable_parameters("learned") == ()
+    assert lineup.tunable_parameters("keda:threshold=2") == lineup.tunable_parameters("learned:first_price=6") == ()
     assert [name for name in lineup.ALL if not lineup.is_peer(name)] == ["learned", "reactive", "token-demand"]
+
+
+@pytest.mark.parametrize("name", ["learned", str(lineup.SHIPPED_BUNDLE), "models:/chat@champion", "models:/chat/3"])
+def test_every_bundle_can_be_told_its_first_price(name):
+    (parameter,) = lineup.tunable_parameters(name)
+    reference = lineup.reference_of(lineup.self_tuned(name), {parameter.name: 6.0})
+    entry = lineup.resolve(reference, lambda asked: lineup.SHIPPED_BUNDLE if asked == name else None)
+    assert (entry.kind, entry.self_tuned, entry.parameters) == ("learned", True, {"first_price": 6.0})
+    fleet = Fleet.from_specs([make().spec])
+    assert lineup.build(entry, fleet, make().spec.interface).policy._dial.log_price == pytest.approx(np.log([6.0]))
 
 
 @pytest.mark.parametrize("reference", [*lineup.ALL, "learned+self", "llm-d-slo+self"])

@@ -155,6 +155,19 @@ def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of
     assert "learned" not in found
 
 
+def test_the_tuned_learned_policy_has_a_column_of_its_own_and_stands_in_for_nobody():
+    rows = [scored("learned", 8.0), scored("learned", 2.0, tuned="train"), scored("hpa", 10.0, tuned="train")]
+    judged = against(rows, ("generated",))
+    best, single = rivalries(judged.by_scenario(), judged.scenarios)
+    assert (best.rival, single.rival) == ("the best tuned peer", "hpa (train)")
+    assert (best.cost[0], best.cost_tuned[0]) == pytest.approx((0.8, 0.2))
+    text = page(judged.to_json())
+    assert "| cost, tuned |" in text
+    assert "| hpa (train) | 1 | 1 | 0.80 | 0.20 |" in text
+    missing = against([scored("learned", 8.0, holds=False), scored("learned", 2.0, tuned="train")], ("generated",))
+    assert [item.scenario for item in misses(missing.by_scenario(), missing.scenarios)] == ["one"]
+
+
 def test_a_scenario_that_the_learned_policy_misses_is_named_and_not_compared():
     judged = against(
         [
