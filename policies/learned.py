@@ -181,7 +181,7 @@ class LearnedPolicy(Durable):
             low=MISS_PRICES[0],
             high=MISS_PRICES[1],
             log=True,
-            most=1000.0,
+            most=MISS_PRICES[1],
             meaning="price of a miss to begin with, in costs of serving a request",
         ),
     )

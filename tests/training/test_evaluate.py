@@ -259,7 +259,7 @@ def test_an_unknown_policy_or_parameter_is_one_sentence(reference, sentence):
     ("reference", "sentence"),
     [
         ("learned:price=6", r"unknown parameter 'price=6'; learned has first_price, as in learned:first_price=VALUE"),
-        ("learned:first_price=0", r"parameter first_price: expected a number above 0, at most 1000, got '0'"),
+        ("learned:first_price=0", r"parameter first_price: expected a number above 0, at most 90, got '0'"),
         ("models:/chat:first_price=x", r"parameter first_price: expected a number"),
     ],
 )
