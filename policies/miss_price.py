@@ -74,6 +74,7 @@ class MissPriceDial(Durable):
         self._budget = ErrorBudget(fleet)
         self._course = self._course_of(np.nan if first_price is None else first_price)
         self.log_price: Floats = self._course.first.copy()
+        self._began_at = self._course.first.copy()
         n = len(fleet)
         # Of the last crowd: the log price when it struck, and the time since then and since its last sign.
         self._struck_at = np.full(n, -np.inf)  # nowhere yet
@@ -88,9 +89,11 @@ class MissPriceDial(Durable):
         self._struck_s[rows] = self._quiet_s[rows] = np.inf
 
     def restore(self, state: State) -> None:
-        """Go on from what `state` returned, between these ends."""
+        """Go on from what `state` returned, between these ends; begin anew where another first price is given now."""
         super().restore(state)
-        self.log_price = np.clip(self.log_price, self.low, self.high)
+        anew = ~np.isclose(self._began_at, self._course.first)
+        self.log_price = np.where(anew, self._course.first, np.clip(self.log_price, self.low, self.high))
+        self._began_at = self._course.first.copy()
 
     def update(self, snapshot: Snapshot) -> Floats:
         """Account for one window; the natural log of the price (n,). Windows without a measurement change nothing."""

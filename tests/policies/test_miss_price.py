@@ -58,13 +58,17 @@ def test_services_without_a_known_price_are_as_if_none_were() -> None:
     assert MissPriceDial(services(), -10.0, 10.0, first_price=1e6).log_price == pytest.approx([HIGH])
 
 
-def test_a_known_price_is_a_setting_not_a_memory() -> None:
-    known, other = (MissPriceDial(services(), -10.0, 10.0, first_price=price) for price in (6.0, 30.0))
-    assert known.state().keys() == dial().state().keys()
-    other.restore(known.state())
-    assert other.log_price == known.log_price
-    other.reset()
+def test_a_dial_that_is_told_another_price_begins_anew_there_after_a_restart() -> None:
+    known, same, other = (MissPriceDial(services(), -10.0, 10.0, first_price=price) for price in (6.0, 6.0, 30.0))
+    after(known, 50, 0.9)
+    kept = {name: array.copy() for name, array in known.state().items()}
+    same.restore(kept)
+    other.restore(kept)
+    assert same.log_price == known.log_price != pytest.approx(np.log([6.0]))
     assert other.log_price == pytest.approx(np.log([30.0]))
+    moved = after(other, 10, 0.9)
+    other.restore({name: array.copy() for name, array in other.state().items()})
+    assert float(other.log_price[0]) == moved
 
 
 def test_it_stays_within_what_the_network_was_trained_for_and_within_the_prices() -> None:
