@@ -213,9 +213,9 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
 
 
 def tunable_parameters(reference: str) -> tuple[Parameter, ...]:
-    """What a tuner may set of a policy; nothing of one whose reference names parameters already, or has none."""
+    """What a tuner may set of a policy; nothing where the reference sets it already, or a registry says what it is."""
     name, assignments = _split(reference)
-    if assignments:
+    if assignments or name.startswith("models:/"):
         return ()
     return BASELINES.get(name.removesuffix(SELF), LearnedPolicy).PARAMETERS
 

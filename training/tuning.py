@@ -18,7 +18,6 @@ from envs.traces import Trace
 from policies.baselines.parameters import Parameter, Setting
 from policies.fleet import Fleet
 from policies.lineup import build, resolve, starting_spec, tunable_parameters
-from training.registry import resolve_bundle
 from training.replay import SideBySide, World
 from training.result_cache import ResultCache, scenario_key
 from training.scenarios import Scenario
@@ -87,7 +86,7 @@ def try_settings(scenario: Scenario, references: Sequence[str]) -> list[tuple[fl
     traces = traces_of(scenario)
     specs, policies = [], []
     for reference in references:
-        entry = resolve(reference, resolve_bundle)
+        entry = resolve(reference)
         spec = starting_spec(entry, scenario.spec)
         for _ in traces:
             specs.append(spec)
@@ -134,6 +133,7 @@ def tune(
         key = {
             **scenario_key(scenario, digests[place]),
             "policy": question.policy,
+            "bundle": resolve(question.policy).bundle_digest,
             "parameters": [repr(item) for item in parameters],
             "trials": trials_for(parameters),
         }

@@ -7,7 +7,8 @@ from worlds import chat
 
 from policies.baselines.parameters import Parameter
 from policies.engine import ConfigError
-from policies.lineup import reference_of
+from policies.learned import load_bundle, write_bundle
+from policies.lineup import SHIPPED_BUNDLE, reference_of
 from training import result_cache, studies
 from training.evaluate import evaluate
 from training.result_cache import ResultCache
@@ -73,6 +74,18 @@ def test_an_answer_is_kept_by_digest(quick, tmp_path):
     assert tune([QUESTION], again, cache) == first
     tune([dataclasses.replace(QUESTION, part="hindsight")], other, cache)
     assert (again.tasks, other.tasks > 0) == (0, True)
+
+
+def test_another_bundle_under_the_same_name_is_tuned_anew(quick, tmp_path):
+    shipped, path = load_bundle(SHIPPED_BUNDLE), tmp_path / "policy.zip"
+    ran = []
+    for name in ("first", "first", "second"):
+        write_bundle(path, shipped.manifest.model_copy(update={"provenance": {"name": name}}), shipped.weights)
+        counting = Counting()
+        (answer,) = tune([Question(chat(), str(path), "train")], counting, ResultCache(tmp_path / "cache"))
+        ran.append(counting.tasks > 0)
+    assert ran == [True, False, True]
+    assert list(answer.settings) == ["first_price"]
 
 
 def test_policies_without_parameters_and_parameters_without_use_are_left_out():
