@@ -22,12 +22,11 @@ from policies.contract import Decision, Floats
 from policies.engine import NonNegative, Positive, StrictModel
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch, LearnedPolicy, PolicyBundle, load_bundle
-from policies.lineup import SHIPPED_BUNDLE
+from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
 from policies.observation import FEATURES
 from policies.spec import InterfaceSpec, Share
 
 BUNDLE_FILE = "policy.zip"
-REGISTRY_PREFIX = "models:/"
 WARM_ROWS = (1, 64)
 
 

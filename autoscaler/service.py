@@ -31,7 +31,7 @@ from autoscaler.ladder import FallbackLadder
 from autoscaler.leases import DatabaseLeases, Leases, holder_name
 from autoscaler.lifecycle import Lifecycle
 from autoscaler.memory import Memory, bring_back
-from autoscaler.policy_follower import REGISTRY_PREFIX, PolicyConfig, PolicyFollower, Probation
+from autoscaler.policy_follower import PolicyConfig, PolicyFollower, Probation
 from autoscaler.prometheus import PrometheusSource
 from autoscaler.records import Records, unconcluded
 from autoscaler.stages import Stages
@@ -40,7 +40,7 @@ from autoscaler.targets_file import TargetsFile
 from policies.contract import Bools, Decision, Outcome, Reason
 from policies.decider import Decider
 from policies.fleet import Fleet
-from policies.lineup import make_policy
+from policies.lineup import REGISTRY_PREFIX, make_policy
 from policies.spec import InterfaceSpec, ScalingSpec
 
 LOG = logging.getLogger("jevons")

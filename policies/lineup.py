@@ -75,6 +75,7 @@ ALL = (LearnedPolicy.name, *BASELINES)
 REFERENCES = ("bound", "plan", "best-static")
 """Rows of a table that no policy makes, see `training.oracle`."""
 SELF = "+self"
+REGISTRY_PREFIX = "models:/"
 CONSTANT = StaticPolicy.name
 BATCH_CAP = Parameter("batch_cap", 1, whole=True, meaning="concurrent requests per replica")
 
@@ -142,7 +143,7 @@ def resolve(reference: str, registry: Registry | None = None) -> Entry:
                 "train one with `jevons train`, or name a bundle file"
             )
         path = SHIPPED_BUNDLE
-    elif asked.startswith("models:/"):
+    elif asked.startswith(REGISTRY_PREFIX):
         if registry is None:
             raise ConfigError(f"policy {reference!r}: no model registry can be used here; name a bundle file")
         path = registry(asked)
@@ -215,7 +216,7 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
 def tunable_parameters(reference: str) -> tuple[Parameter, ...]:
     """What a tuner may set of a policy; nothing where the reference sets it already, or a registry says what it is."""
     name, assignments = _split(reference)
-    if assignments or name.startswith("models:/"):
+    if assignments or name.startswith(REGISTRY_PREFIX):
         return ()
     return BASELINES.get(name.removesuffix(SELF), LearnedPolicy).PARAMETERS
 
@@ -237,13 +238,13 @@ def self_tuned(policy: str) -> str:
 
 def is_peer(reference: str) -> bool:
     """True for an algorithm of another project, self-tuned or not."""
-    name = reference.split(":")[0].removesuffix(SELF)
+    name = _split(reference)[0].removesuffix(SELF)
     return name in BASELINES and name not in OWN
 
 
 def is_rule(reference: str) -> bool:
     """True for a reactive rule of our own, self-tuned or not."""
-    return reference.split(":")[0].removesuffix(SELF) in OWN
+    return _split(reference)[0].removesuffix(SELF) in OWN
 
 
 def _split(reference: str) -> tuple[str, list[str]]:

@@ -70,12 +70,12 @@ def find_bundle(source: str, name: str, tracking_uri: str | None) -> Path:
         FileNotFoundError: when a folder holds no finished run.
     """
     from policies.engine import ConfigError
-    from policies.lineup import SHIPPED_BUNDLE
+    from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
     from training.registry import BUNDLE_FILE, CHAMPION, resolve_bundle
 
     if source == CHAMPION:
         return resolve_bundle(f"models:/{name}@{CHAMPION}", tracking_uri)
-    if source.startswith("models:/"):
+    if source.startswith(REGISTRY_PREFIX):
         return resolve_bundle(source, tracking_uri)
     if source == "learned":
         return SHIPPED_BUNDLE
