@@ -119,7 +119,7 @@ class ActionSpec(StrictModel):
     headroom_reference: Positive = Field(
         default=1.3, description="Fewest replicas over the five-minute mean of the demand at output 0."
     )
-    headroom_span: Annotated[float, Field(gt=1)] = Field(default=3.0, description="Factor between output 0 and 1.")
+    headroom_span: Annotated[float, Field(gt=1)] = Field(default=10.0, description="Factor between output 0 and 1.")
     slack_reference: Positive = Field(
         default=0.3, description="Replicas above the fewest, as a share of them, that are kept at output 0."
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from policies.learned import BundleMismatch, load_bundle
+from policies.lineup import REGISTRY_PREFIX
 from training.tracking import connect
 
 CHAMPION = "champion"
@@ -112,7 +113,7 @@ def find_version(client: Any, reference: str) -> Any:
     """
     from mlflow.exceptions import MlflowException
 
-    body = reference.removeprefix("models:/")
+    body = reference.removeprefix(REGISTRY_PREFIX)
     try:
         if "@" in body:
             name, alias = body.split("@", 1)
@@ -198,11 +199,13 @@ def promote(name: str, version: str, tracking_uri: str | None = None) -> Verdict
         RegistryError: when the version or a judgement is missing.
     """
     client = connect(tracking_uri)
-    challenger = find_version(client, f"models:/{name}/{version}")
+    challenger = find_version(client, f"{REGISTRY_PREFIX}{name}/{version}")
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if champion is not None and str(champion) == str(challenger.version):
         return Verdict(False, (f"version {version} is the champion already",))
-    current = None if champion is None else judgement(client, find_version(client, f"models:/{name}/{champion}"))
+    current = None
+    if champion is not None:
+        current = judgement(client, find_version(client, f"{REGISTRY_PREFIX}{name}/{champion}"))
     verdict = judge(judgement(client, challenger), current)
     if verdict.promote:
         client.set_registered_model_alias(name, CHAMPION, challenger.version)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from policies.files import write_text
 from training.monitor import STATE_FILE
-from training.tracking import connect, store_uri
+from training.tracking import ensure_store
 from training.train import Stopped, TrainedPolicy, course_of, train_all, train_seed
 from training.train_config import TrainConfig
 from training.workers import Workers, open_workers
@@ -116,8 +116,7 @@ def train_as_tasks(
         workers: where seeds run.
     """
     out = out.resolve()
-    config = config.model_copy(update={"tracking_uri": store_uri(config.tracking_uri)})
-    connect(config.tracking_uri)  # two tasks that create a store at once get in each other's way
+    config = config.model_copy(update={"tracking_uri": ensure_store(config.tracking_uri)})
     for seed in config.seeds:
         if not resume:
             (out / f"seed-{seed}" / STATE_FILE).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from policies.engine import ConfigError, StrictModel, load_model, parse_model, r
 from policies.files import write_text
 from training.monitor import RunState
 from training.seed_tasks import POLL_S, STOP_FILE, Where, show_progress, train_task
-from training.tracking import connect, store_uri
+from training.tracking import ensure_store
 from training.train import Stopped
 from training.train_config import TrainConfig, load_train_config
 from training.workers import Workers, open_workers
@@ -180,7 +180,7 @@ class Sweep:
         # A checkpoint at each validation tells the one who waits what it gave.
         self.recipe = recipe.model_copy(
             update={
-                "tracking_uri": store_uri(recipe.tracking_uri),
+                "tracking_uri": ensure_store(recipe.tracking_uri),
                 "evaluation_suite": None,
                 "checkpoint_every_steps": recipe.validation.every_steps,
             }
@@ -205,7 +205,6 @@ class Sweep:
         from optuna.trial import TrialState
 
         self._take_up()
-        connect(self.recipe.tracking_uri)  # two trials that create a store at once get in each other's way
         while True:
             self._bar("trials", self._finished(), self.spec.trials)
             while len(self._under_way) < workers.width and self._finished() + len(self._under_way) < self.spec.trials:

@@ -28,6 +28,17 @@ def store_uri(tracking_uri: str | None = None) -> str:
     return uri
 
 
+def ensure_store(tracking_uri: str | None = None) -> str:
+    """`store_uri`, of a store that is there: workers that create one at once get in each other's way.
+
+    Raises:
+        ConnectionError: when the store does not answer.
+    """
+    uri = store_uri(tracking_uri)
+    connect(uri)
+    return uri
+
+
 def connect(tracking_uri: str | None = None) -> Any:
     """An MLflow client on the store that `store_uri` names, which is created when it does not exist.
 
