@@ -284,12 +284,12 @@ def test_episodes_that_are_no_whole_groups_are_refused() -> None:
 
 
 def reference_rule(observation: Observation, decider: Decider, interface: InterfaceSpec) -> Target:
-    """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered."""
+    """The fleet in force between 1.3 times the envelope and 1.3 times that, half of it on spot where offered."""
     n = len(observation.features)
     assert (interface.action.headroom_reference, interface.action.slack_reference) == (1.3, 0.3)
     assert interface.action.spot_share_reference == 0.5
     lowest, highest = (
-        allocate(observation.demand_mean, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
+        allocate(observation.demand_envelope, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
         for headroom in (1.3, 1.3 * 1.3)
     )
     return Target(

@@ -234,7 +234,7 @@ def test_each_service_is_allocated_as_if_alone(seed: int) -> None:
         assert allocate(demand[at, :width], headroom[at], share[at], alone).tolist() == together[at, :width].tolist()
 
 
-def test_headroom_multiplies_what_the_last_five_minutes_needed() -> None:
-    lull = dataclasses.replace(observation(snapshot(), 2.0), demand_mean=np.array([[8.0]]))
+def test_headroom_multiplies_the_envelope_of_the_demand() -> None:
+    lull = dataclasses.replace(observation(snapshot(), 2.0), demand_envelope=np.array([[8.0]]))
     services = fleet(pool(max_replicas=100))
     assert decode_action(np.zeros((1, 4)), lull, services, SPEC).replicas.tolist() == [[11]]  # 1.3 * 8
