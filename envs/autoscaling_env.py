@@ -49,7 +49,7 @@ class AutoscalingEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
 
     | Num | Action | -1 | 0 | 1 |
     |---|---|---|---|---|
-    | 0 | fewest replicas over the demand, see `demand_envelope` | reference / span | reference | reference x span |
+    | 0 | fewest replicas over the five-minute mean of the demand | reference / span | reference | reference x span |
     | 1 | slack: replicas above the fewest that are kept | reference / span | reference | reference x span |
     | 2 | batch cap over the batch that meets the TPOT objective | 1 / span | 1 | span |
     | 3 | share of capacity on spot, where offered | reference - span | reference | reference + span |

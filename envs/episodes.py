@@ -15,6 +15,7 @@ from pydantic import Field
 from envs.cluster import SimulatedCluster
 from envs.randomization import Range, ScenarioBank, steady_demand
 from policies.action import decode_action
+from policies.columns import between
 from policies.contract import Bools, Features, Floats, Ints, Observation, put_rows, take_rows
 from policies.decider import Decider
 from policies.engine import StrictModel
@@ -41,6 +42,9 @@ class EpisodeSpec(StrictModel):
         "price: episodes at a high price must not drown those at a low one.",
     )
     reward_scale: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Factor on the reward.")
+    miss_limit: Annotated[float, Field(gt=0)] = Field(
+        default=3.0, description="Most misses counted in one window, in mean arrivals per window; bounds the reward."
+    )
 
 
 class StepResult(NamedTuple):
@@ -103,6 +107,7 @@ class Episodes:
         self._objective = Objective(bank.objective, self.fleet, self._bill_per_node, self._node_gpus)
         self._request_usd = np.ones(n)
         self._window_usd = np.ones(n)
+        self._window_arrivals = np.ones(n)
         self._missed = np.zeros(n)
         self._step = np.zeros(n, np.int64)
         self._last_step = np.full(n, spec.steps, np.int64)
@@ -179,6 +184,7 @@ class Episodes:
         interval_s = bank.interface.window.control_interval_s
         self._window_usd[services] = self._following_usd_per_s(drawn, traces, origin_s) * interval_s
         arrivals = np.maximum((end - first) * interval_s / self.length_s, 0.05)
+        self._window_arrivals[services] = arrivals
         self._request_usd[services] = self._window_usd[services] / arrivals
 
         low, high = self.spec.start_over_demand
@@ -223,7 +229,7 @@ class Episodes:
         total = self.cluster.usage()
         missed = total.finished - total.good + total.rejected + total.overdue
         # A miss counts when it is certain: a first token that is overdue counts before it comes.
-        new_misses = np.maximum(missed - self._missed, 0.0)
+        new_misses = between(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
         self._missed = np.maximum(missed, self._missed)
         interval_s = self.bank.interface.window.control_interval_s
         cost = self._objective.cost(usage, self._request_usd, interval_s, new_misses)

@@ -34,7 +34,7 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
     fewest = spec.headroom_reference * headroom
     band = np.array([fewest, fewest * (1.0 + spec.slack_reference * slack)])
-    lowest, highest = allocate_each(observation.demand_envelope, band, spot_share, fleet)
+    lowest, highest = allocate_each(observation.demand_mean, band, spot_share, fleet)
     in_force = observation.snapshot.replicas_target
     return Target(
         replicas=between(np.where(np.isnan(in_force), lowest, in_force), lowest, highest).astype(np.int64),

@@ -118,7 +118,6 @@ class Observation:
     demand_occupancy: Floats  # (n, P) replicas of pool p that the requests in the system need
     demand: Floats  # (n, P) the larger of both over the short window
     demand_mean: Floats  # (n, P) its mean over about five minutes
-    demand_envelope: Floats  # (n, P) the larger of its means over about one and five minutes: quick up, slow down
     batch_limit: Floats  # (n, P) largest batch that meets the TPOT objective and fits the KV cache
 
 

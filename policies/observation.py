@@ -181,9 +181,9 @@ class ObservationBuilder:
         self._remember(snapshot, larger, blind)
         features = self._encode(snapshot, used, larger)
         tokens, occupancy, batch_limit = used
-        means = self._means[:2]
+        demand_mean = self._means[1]
         if blind.any():
-            means = np.where(np.isnan(means), larger, means)
+            demand_mean = np.where(np.isnan(demand_mean), larger, demand_mean)
         return Observation(
             snapshot=snapshot,
             blind=blind,
@@ -191,8 +191,7 @@ class ObservationBuilder:
             demand_tokens=tokens.T,
             demand_occupancy=occupancy.T,
             demand=larger.T,
-            demand_mean=means[1].T,
-            demand_envelope=np.maximum(means[0], means[1]).T,
+            demand_mean=demand_mean.T,
             batch_limit=batch_limit.T,
         )
 

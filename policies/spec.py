@@ -117,9 +117,9 @@ class ActionSpec(StrictModel):
     """What a learned policy's outputs in -1..1 mean; the middle is the reference rule."""
 
     headroom_reference: Positive = Field(
-        default=1.3, description="Fewest replicas over the demand's means of one and five minutes at output 0."
+        default=1.3, description="Fewest replicas over the five-minute mean of the demand at output 0."
     )
-    headroom_span: Annotated[float, Field(gt=1)] = Field(default=10.0, description="Factor between output 0 and 1.")
+    headroom_span: Annotated[float, Field(gt=1)] = Field(default=3.0, description="Factor between output 0 and 1.")
     slack_reference: Positive = Field(
         default=0.3, description="Replicas above the fewest, as a share of them, that are kept at output 0."
     )

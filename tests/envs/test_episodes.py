@@ -146,16 +146,16 @@ def test_rewards_of_an_idle_hour_are_the_replicas_in_units_of_one() -> None:
 
 
 def test_misses_are_counted_once_each_and_never_taken_back() -> None:
-    """One replica that is allowed cannot hold this load: every certain miss shows up in the reward."""
+    """One replica that is allowed cannot hold this load: every certain miss shows up in the reward, up to the limit."""
     world = one_world(steady_trace(30.0, 1200.0, prompt=2000), max_replicas=1)
-    spec = EpisodeSpec(steps=30, log_miss_price_spread=0.0)
+    spec = EpisodeSpec(steps=30, miss_limit=1e9, log_miss_price_spread=0.0)
     episodes = Episodes(world, 1, spec, 0)
     episodes.reset(stagger=False)
     counted = most = 0.0
     for action in actions(1, 30):
         result = episodes.step(action)
         # The price of a miss is 20 costs of a request; the unit of the terms is the cost of a window.
-        counted += result.terms["misses"][0] / 20.0 * episodes._window_usd[0] / episodes._request_usd[0]
+        counted += result.terms["misses"][0] / 20.0 * episodes._window_arrivals[0]
         usage = episodes.cluster.usage()
         most = max(most, float((usage.finished - usage.good + usage.rejected + usage.overdue)[0]))
         assert counted == pytest.approx(most, rel=1e-9)
@@ -284,12 +284,12 @@ def test_episodes_that_are_no_whole_groups_are_refused() -> None:
 
 
 def reference_rule(observation: Observation, decider: Decider, interface: InterfaceSpec) -> Target:
-    """The fleet in force between 1.3 times the envelope and 1.3 times that, half of it on spot where offered."""
+    """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered."""
     n = len(observation.features)
     assert (interface.action.headroom_reference, interface.action.slack_reference) == (1.3, 0.3)
     assert interface.action.spot_share_reference == 0.5
     lowest, highest = (
-        allocate(observation.demand_envelope, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
+        allocate(observation.demand_mean, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
         for headroom in (1.3, 1.3 * 1.3)
     )
     return Target(

@@ -142,7 +142,6 @@ def observation(seen: Snapshot, demand: npt.ArrayLike = 1.0, batch_limit: npt.Ar
         demand_occupancy=wanted.copy(),
         demand=wanted.copy(),
         demand_mean=wanted.copy(),
-        demand_envelope=wanted.copy(),
         batch_limit=limit,
     )
 

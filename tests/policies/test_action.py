@@ -54,9 +54,9 @@ def test_zero_outputs_are_the_reference_rule() -> None:
     assert zero.replicas.dtype == zero.batch_cap.dtype == np.int64
 
 
-@pytest.mark.parametrize(("output", "replicas"), [(-1.0, 1), (-0.5, 2), (0.0, 6), (0.5, 17), (1.0, 20)])
+@pytest.mark.parametrize(("output", "replicas"), [(-1.0, 2), (0.0, 6), (1.0, 16)])
 def test_headroom_spans_its_factor_both_ways(output: float, replicas: int) -> None:
-    assert decode(fleet(), headroom=output).replicas.tolist() == [[replicas]]  # 1.3 * 10 ** output * 4, at most 20
+    assert decode(fleet(), headroom=output).replicas.tolist() == [[replicas]]  # 1.3 * 3 ** output * 4
 
 
 @pytest.mark.parametrize(("in_force", "replicas"), [(0.0, 6), (5.0, 6), (6.0, 6), (7.0, 7), (8.0, 7), (20.0, 7)])
@@ -234,7 +234,7 @@ def test_each_service_is_allocated_as_if_alone(seed: int) -> None:
         assert allocate(demand[at, :width], headroom[at], share[at], alone).tolist() == together[at, :width].tolist()
 
 
-def test_headroom_multiplies_the_envelope_of_the_demand() -> None:
-    lull = dataclasses.replace(observation(snapshot(), 2.0), demand_envelope=np.array([[8.0]]))
+def test_headroom_multiplies_what_the_last_five_minutes_needed() -> None:
+    lull = dataclasses.replace(observation(snapshot(), 2.0), demand_mean=np.array([[8.0]]))
     services = fleet(pool(max_replicas=100))
     assert decode_action(np.zeros((1, 4)), lull, services, SPEC).replicas.tolist() == [[11]]  # 1.3 * 8

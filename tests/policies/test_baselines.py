@@ -63,7 +63,7 @@ def _observed(pools: int, ticks: int, seed: int, missing_share: float) -> tuple[
 
 def row_of(seen: Observation, row: int, pools: int) -> Observation:
     at = slice(row, row + 1)
-    pool_arrays = ("demand_tokens", "demand_occupancy", "demand", "demand_mean", "demand_envelope", "batch_limit")
+    pool_arrays = ("demand_tokens", "demand_occupancy", "demand", "demand_mean", "batch_limit")
     return Observation(
         snapshot=rows_of(seen.snapshot, row, pools),
         blind=seen.blind[at],

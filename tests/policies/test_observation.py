@@ -300,19 +300,6 @@ def test_demand_means_follow_at_their_own_pace() -> None:
     assert rise["demand_variation_300s"] == pytest.approx(np.sqrt(share[1]) * (4 - means[1]) / means[1], abs=1e-6)
 
 
-def test_the_envelope_rises_within_a_minute_and_falls_over_five() -> None:
-    encoder = builder()
-    calm, high = (encoder.observe(busy(load)) for load in (1.0, 4.0))
-    ratio = high.demand / calm.demand
-    assert high.demand_envelope / calm.demand == pytest.approx(1 + (ratio - 1) * (1 - np.exp(-15 / 60)))
-    assert (high.demand_envelope > high.demand_mean).all()
-    for _ in range(40):
-        high = encoder.observe(busy(4.0))
-    low = [encoder.observe(busy(1.0)) for _ in range(8)][-1]
-    assert low.demand_envelope.tolist() == low.demand_mean.tolist()
-    assert encoder.observe(missing()).demand_envelope.tolist() == low.demand_envelope.tolist()
-
-
 def test_peak_is_remembered_and_decays() -> None:
     encoder = builder()
     after(encoder, busy(1.0), busy(4.0))
