@@ -4,6 +4,9 @@ The outputs are residuals on a reference rule, so an untrained policy (all zeros
 not depend on the number of pools: within a price class, capacity is bought where a unit of this traffic is cheapest.
 Headroom and slack are a band, not a count: the fleet in force stays as it is within it. A replica that is given back
 and asked for again is paid for while it starts and missed meanwhile, so a policy must be able to do nothing.
+
+The rule follows the five-minute mean of the demand. In a surge, which outruns that mean whatever the headroom, the
+fleet is at least what the rule asks for the demand of now.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ import numpy.typing as npt
 from policies.columns import any_pool, between, known, most
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
+from policies.observation import FEATURES
 from policies.spec import ActionSpec
 
 ACTIONS: tuple[str, ...] = ("headroom", "slack", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
 SLIVER = 0.02
 """Part of a replica that is not worth a whole one."""
+SURGE = 3.0
+"""A surge: the one-minute mean of the demand over its five-minute mean."""
+SURGE_COLUMN = FEATURES.index("log_mean_60s_over_mean_300s")
 MIN_DEMAND = 1e-3
 """Replicas needed below which a service that may have none gets none."""
 
@@ -32,7 +39,9 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     spans = np.array([[spec.headroom_span], [spec.slack_span], [spec.batch_cap_span]])
     headroom, slack, cap_factor = np.power(spans, outputs[:3])
     spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
-    fewest = spec.headroom_reference * headroom
+    surging = observation.features[:, SURGE_COLUMN] > np.log(SURGE)
+    now = observation.demand[:, 0] / np.maximum(observation.demand_mean[:, 0], MIN_DEMAND)
+    fewest = spec.headroom_reference * np.maximum(headroom, np.where(surging, now, 0.0))
     band = np.array([fewest, fewest * (1.0 + spec.slack_reference * slack)])
     lowest, highest = allocate_each(observation.demand_mean, band, spot_share, fleet)
     in_force = observation.snapshot.replicas_target

@@ -284,13 +284,19 @@ def test_episodes_that_are_no_whole_groups_are_refused() -> None:
 
 
 def reference_rule(observation: Observation, decider: Decider, interface: InterfaceSpec) -> Target:
-    """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered."""
+    """The fleet in force between 1.3 times the demand's mean and 1.3 times that, half of it on spot where offered.
+
+    In a surge, the demand of now takes the place of its mean.
+    """
     n = len(observation.features)
     assert (interface.action.headroom_reference, interface.action.slack_reference) == (1.3, 0.3)
     assert interface.action.spot_share_reference == 0.5
+    surging = observation.features[:, FEATURES.index("log_mean_60s_over_mean_300s")] > np.log(3.0)
+    over_mean = observation.demand[:, 0] / np.maximum(observation.demand_mean[:, 0], 1e-3)
+    fewest = 1.3 * np.where(surging, np.maximum(over_mean, 1.0), 1.0)
     lowest, highest = (
-        allocate(observation.demand_mean, np.full(n, headroom), np.full(n, 0.5), decider.fleet)
-        for headroom in (1.3, 1.3 * 1.3)
+        allocate(observation.demand_mean, headroom, np.full(n, 0.5), decider.fleet)
+        for headroom in (fewest, 1.3 * fewest)
     )
     return Target(
         replicas=np.clip(observation.snapshot.replicas_target, lowest, highest).astype(np.int64),

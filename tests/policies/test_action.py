@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from policies.action import ACTIONS, allocate, decode_action, reference_batch_cap
+from policies.action import ACTIONS, SURGE_COLUMN, allocate, decode_action, reference_batch_cap
 from policies.contract import Floats, Target
 from policies.fleet import Fleet
 from policies.spec import ActionSpec
@@ -232,6 +232,17 @@ def test_each_service_is_allocated_as_if_alone(seed: int) -> None:
             getattr(alone, name)[:] = getattr(services, name)[row : row + 1, :width]
         at = slice(row, row + 1)
         assert allocate(demand[at, :width], headroom[at], share[at], alone).tolist() == together[at, :width].tolist()
+
+
+@pytest.mark.parametrize(("ratio", "replicas"), [(2.9, 2), (3.1, 11)])  # 1.3 * 8
+def test_a_surge_is_covered_at_once_whatever_the_headroom(ratio: float, replicas: int) -> None:
+    seen = dataclasses.replace(observation(snapshot(), 8.0), demand_mean=np.array([[2.0]]))
+    seen.features[0, SURGE_COLUMN] = np.log(ratio)
+    lean = np.array([[-0.5, -1.0, 0.0, 0.0]])  # 1.3 * 3 ** -0.5 * 2 = 1.5 replicas
+    assert decode_action(lean, seen, fleet(), SPEC).replicas.tolist() == [[replicas]]
+    generous = dataclasses.replace(seen, demand_mean=np.array([[4.0]]))
+    outputs = np.array([[1.0, -1.0, 0.0, 0.0]])  # 1.3 * 3 * 4, more than now needs
+    assert decode_action(outputs, generous, fleet(), SPEC).replicas.tolist() == [[16]]
 
 
 def test_headroom_multiplies_what_the_last_five_minutes_needed() -> None:
