@@ -54,7 +54,8 @@ class AutoscalingEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     | 2 | batch cap over the batch that meets the TPOT objective | 1 / span | 1 | span |
     | 3 | share of capacity on spot, where offered | reference - span | reference | reference + span |
 
-    Spans and references are in `policies.spec.ActionSpec`. Guardrails settle every target.
+    Spans and references are in `policies.spec.ActionSpec`. In a surge (`policies.action.SURGE`) the fleet is at least
+    what the reference rule asks for the demand of now. Guardrails settle every target.
 
     ## Observation Space
     `Box(-10, 10, (F,), float32)`: the features named in `policies.observation.FEATURES`, free of scale.
