@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import ssl
 import threading
 import time
@@ -16,7 +18,8 @@ class FaultProxy:
     """Passes HTTP requests on to a real server, and fails in the way it is told: what comes back is what users see.
 
     `fault` is called with method and path and returns what to do: None to pass on, an HTTP status to answer with,
-    "slow" to wait for `delay_s` first, "cut" to end the connection in the middle of the answer, "empty" for no body.
+    "slow" to wait for `delay_s` and pass on what is still waited for then, "cut" to end the connection in the middle
+    of the answer, "empty" for no body.
     """
 
     def __init__(self, upstream: str, ca: Path | None = None) -> None:
@@ -40,6 +43,9 @@ class FaultProxy:
                 fault = proxy.fault(self.command, path)
                 if fault == "slow":
                     time.sleep(proxy.delay_s)
+                    if self._abandoned():
+                        self.close_connection = True
+                        return
                 if isinstance(fault, int):
                     message = b'{"kind":"Status","message":"made to fail"}'
                     self._send(fault, message, "application/json")
@@ -65,6 +71,11 @@ class FaultProxy:
                     self.close_connection = True
                     return
                 self._send(status, b"" if fault == "empty" else data, kind)
+
+            def _abandoned(self) -> bool:
+                """Whether the client has hung up: what waits in front of a slow server is dropped then."""
+                readable, _, _ = select.select([self.connection], [], [], 0)
+                return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
             def _send(self, status: int, data: bytes, kind: str) -> None:
                 try:
