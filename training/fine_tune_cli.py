@@ -74,7 +74,7 @@ def find_bundle(source: str, name: str, tracking_uri: str | None) -> Path:
     from training.registry import BUNDLE_FILE, CHAMPION, resolve_bundle
 
     if source == CHAMPION:
-        return resolve_bundle(f"models:/{name}@{CHAMPION}", tracking_uri)
+        return resolve_bundle(f"{REGISTRY_PREFIX}{name}@{CHAMPION}", tracking_uri)
     if source.startswith(REGISTRY_PREFIX):
         return resolve_bundle(source, tracking_uri)
     if source == "learned":
