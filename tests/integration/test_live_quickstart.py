@@ -122,7 +122,7 @@ def test_the_readmes_live_quickstart_does_what_it_says(
                 folder.wait(lambda found: one(found) == ("advise", "advised"), "it advises", START_S)
                 continue
             answer = folder.do(command)
-            assert answer.returncode == 0, (command, answer.stdout, answer.stderr)
+            assert answer.returncode == 0, f"{command}\n{answer.stdout}{answer.stderr}"
             match words[1]:
                 case "check":
                     assert answer.stderr.strip().endswith("0 problems")

@@ -15,7 +15,7 @@ from exporters import ConstantEngine
 from fault_proxy import FaultProxy
 from servers import Prometheus, free_port, wait_until
 
-from autoscaler.actuators.base import FleetState, pools_of
+from autoscaler.actuators.base import Access, FleetState, pools_of
 from autoscaler.check import check_metrics
 from autoscaler.prometheus import PrometheusSource
 from autoscaler.prometheus_api import PrometheusConfig
@@ -176,6 +176,28 @@ def test_check_passes_and_names_the_alias_of_a_missing_metric(
     config = PrometheusConfig(url=prometheus.url, window_s=WINDOW_S, metrics={"running": ("num_requests_running",)})
     running = next(line for line in check_metrics(config, [spec("code")]) if line.subject == "running")
     assert "acme_num_requests_running looks like it" in running.detail
+
+
+def test_check_judges_the_scrape_interval_by_series_that_are_old_enough(
+    prometheus: Prometheus, engines: Callable[..., object]
+) -> None:
+    specs = [spec("chat")]
+
+    def interval(window_s: float) -> Access:
+        config = source(prometheus.url, specs, window_s=window_s).config
+        return next(line for line in check_metrics(config, specs) if line.subject == "scrape interval")
+
+    engines([(vllm(), "chat")])
+    assert interval(WINDOW_S).ok
+    assert interval(60.0) == Access("scrape interval", True, "cannot be told yet: no series is older than 60 s")
+    for too_short_s in (0.1, 1.0):
+        assert not interval(too_short_s).ok
+        assert interval(too_short_s).detail.endswith("scrape more often, or set a longer window_s")
+    young = vllm()
+    prometheus.scrape([(young.address, {"service": "chat"})], "-young")
+    prometheus.wait_scraped([young.address])
+    assert interval(WINDOW_S).ok
+    young.stop()
 
 
 def test_not_a_number_and_infinity_are_missing(prometheus: Prometheus, engines: Callable[..., object]) -> None:
