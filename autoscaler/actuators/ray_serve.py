@@ -126,15 +126,15 @@ class RayServeActuator:
             at = (pool.row, pool.column)
             states = [one["state"] for one in found.get("replicas", [])]
             ready = sum(one == "RUNNING" for one in states)
-            target = int(found.get("target_num_replicas", len(states)))
+            count, cap = self._in_force(details, pool)
+            target = len(states) if count is None else count
             state.replicas_target[at] = target
             state.replicas_ready[at] = ready
             state.replicas_starting[at] = sum(one in ("STARTING", "UPDATING", "RECOVERING") for one in states)
             state.replicas_starting[at] = max(state.replicas_starting[at], target - ready)
             state.replicas_draining[at] = sum(one in ("STOPPING", "PENDING_MIGRATION") for one in states)
-            settings = found.get("deployment_config", {})
-            state.batch_cap[at] = settings.get("max_ongoing_requests") or np.nan
-            scaler = settings.get("autoscaling_config") or {}
+            state.batch_cap[at] = cap or np.nan
+            scaler = found.get("deployment_config", {}).get("autoscaling_config") or {}
             function = str((scaler.get("policy") or {}).get("policy_function", ""))
             if scaler and "autoscaler.ray_serve" not in function:
                 owners[pool.row] = f"Ray Serve's autoscaling_config of {self._where(pool)}"
@@ -185,10 +185,10 @@ class RayServeActuator:
         if entry is None:
             entry = {"name": deployment}
             config["deployments"].append(entry)
-        if found.get("deployment_config", {}).get("max_ongoing_requests") != cap:
+        count_now, cap_now = self._in_force(details, pool)
+        if cap_now != cap:
             entry["max_ongoing_requests"] = cap
-        current = int(found.get("target_num_replicas", -1))
-        if current == replicas or self.config.replicas == "none":
+        if count_now == replicas or self.config.replicas == "none":
             return
         if external:
             scales.append((pool, replicas))
@@ -201,6 +201,23 @@ class RayServeActuator:
         application, deployment = self._places[pool]
         found: Json | None = details["applications"].get(application, {}).get("deployments", {}).get(deployment)
         return found
+
+    def _in_force(self, details: Json, pool: PoolName) -> tuple[int | None, int | None]:
+        """Target count and cap of a deployment that is there: as declared last, else as they run.
+
+        Serve's controller carries a declaration out in its own loop, so what runs is older for a moment, and a target
+        that sets back what was declared a moment ago would look as if nothing had to be done.
+        """
+        application, deployment = self._places[pool]
+        found = details["applications"][application]["deployments"][deployment]
+        config = details["applications"][application].get("deployed_app_config") or {}
+        entry: Json = next((one for one in config.get("deployments", []) if one["name"] == deployment), {})
+        settings = found.get("deployment_config", {})
+        # A count is not the declaration's where Serve's own autoscaler or an external one sets it.
+        free = config.get("external_scaler_enabled") or settings.get("autoscaling_config")
+        count = None if free else entry.get("num_replicas")
+        count = found.get("target_num_replicas") if not isinstance(count, int) else count
+        return count, entry.get("max_ongoing_requests", settings.get("max_ongoing_requests"))
 
     def _where(self, pool: PoolName) -> str:
         application, deployment = self._places[pool]

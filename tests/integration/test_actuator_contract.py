@@ -157,6 +157,14 @@ def test_repeating_a_target_changes_nothing(world: World, actuator: LiveActuator
     assert in_force(world, actuator) == expected(world, [3.0, 2.0], [24.0, 8.0])
 
 
+def test_a_target_that_is_set_back_at_once_is_not_lost(world: World, actuator: LiveActuator) -> None:
+    for replicas, caps in (((2, 3), (12, 14)), ((4, 2), (30, 6)), ((2, 3), (12, 14))):
+        carry_out(world, actuator, target(replicas, caps))
+    assert in_force(world, actuator) == expected(world, [2.0, 3.0], [12.0, 14.0])
+    world.settle()
+    assert in_force(world, actuator) == expected(world, [2.0, 3.0], [12.0, 14.0])
+
+
 def test_a_service_to_be_left_alone_keeps_what_it_has(world: World, actuator: LiveActuator) -> None:
     carry_out(world, actuator, target((2, 2), (20, 20)))
     carry_out(world, actuator, target((3, LEAVE_ALONE), (40, 5)))

@@ -52,6 +52,12 @@ def processes(address: str, name: str) -> set[int]:
     return {one["pid"] for one in replicas if one["state"] == "RUNNING"}
 
 
+def in_force(address: str, name: str) -> tuple[int, int]:
+    """Count and cap that Serve's controller works by."""
+    found = details(address)[name]["deployments"][name]
+    return found["target_num_replicas"], found["deployment_config"]["max_ongoing_requests"]
+
+
 @pytest.fixture
 def deploy(ray_serve: str) -> Callable[..., str]:
     def put(*applications: dict[str, Any]) -> str:
@@ -80,6 +86,7 @@ def test_scaling_restarts_no_process_and_drops_no_application(deploy: Callable[.
     assert before <= processes(address, "chat")
     assert processes(address, "bystander") == other
     assert actuator.state().batch_cap[0, 0] == 17
+    wait_until(lambda: in_force(address, "chat") == (2, 17), "what was declared is in force", LIMIT_S, 0.3)
     actuator.close()
 
 
