@@ -78,11 +78,13 @@ docs: demo ## Regenerate the tables of the README from a demo and a benchmark ru
 
 SUITE ?= dev
 TUNED ?= default,train,self,hindsight
+POLICY ?= all
 BOARD = runs/scoreboard$(if $(filter-out dev,$(SUITE)),-$(SUITE))
-# SUITE=full takes hours, and its recorded traffic the folder JEVONS_TRACES; TUNED=default tunes nothing.
+# SUITE=full takes hours, and its recorded traffic the folder JEVONS_TRACES. TUNED=default tunes nothing; POLICY names
+# some policies instead of all.
 scoreboard: $(STAMP) ## Tune and judge every policy on SUITE (dev), write docs/scoreboard.md, or docs/scoreboard-SUITE.md.
 	@mkdir -p $(BOARD)
-	$(BIN)/jevons evaluate --suite $(SUITE) --policy all --tuned $(TUNED) --cache runs/cache \
+	$(BIN)/jevons evaluate --suite $(SUITE) --policy $(POLICY) --tuned $(TUNED) --cache runs/cache \
 	  --json $(BOARD)/rows.json --details $(BOARD)/details.json --report $(BOARD)/report.html $(ARGS)
 	$(BIN)/python -m training.scoreboard $(BOARD)/details.json $(BOARD:runs/%=docs/%).md
 

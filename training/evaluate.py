@@ -46,7 +46,7 @@ class Evaluation:
         rows: one score per scenario, policy, tuning and seed, in the order asked for.
         scenarios: what each scenario was: objectives, pools, seeds, digests of spec and traces; `servable` says whether
             the clairvoyant plan holds its SLO, None where there is no plan.
-        policies: what each policy was: reference and digest of its bundle.
+        policies: what each policy was: reference, digest of its bundle and the engines that it was trained on.
         versions: of Jevons and of what the figures depend on.
         timelines: of the first seed, by scenario and label, see `label`.
         tunings: what tuning found, see `training.tuning.Tuning`.
@@ -144,7 +144,7 @@ def evaluate(
             for scenario in suite.scenarios
             if scenario.name in digests
         ),
-        policies=tuple({"policy": entry.reference, "bundle_digest": entry.bundle_digest} for entry in entries),
+        policies=tuple(describe_policy(entry) for entry in entries),
         versions=versions(),
         timelines=timelines,
         tunings=tuple(asdict(item) for item in tunings),
@@ -315,6 +315,15 @@ def describe(scenario: Scenario, trace_digests: Sequence[str], rows: Sequence[Sc
         "spec_digest": spec.digest(),
         "trace_digests": list(trace_digests),
     }
+
+
+def describe_policy(entry: Entry) -> dict[str, Any]:
+    """What a policy was, for JSON."""
+    described: dict[str, Any] = {"policy": entry.reference, "bundle_digest": entry.bundle_digest}
+    if entry.bundle is not None:
+        config = entry.bundle.manifest.provenance.get("config", {})
+        described["engines"] = list(config.get("worlds", {}).get("engines", []))
+    return described
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ This module must not know how figures are shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,17 @@ from training.standings import cheapest, geometric_mean
 Row = dict[str, Any]
 Interval = tuple[float, float, float]
 LEARNED = "learned"
-SOURCES = ("generated", "real")
+PARTS: dict[str, Callable[[Row, Collection[str]], bool]] = {
+    "generated traffic": lambda scenario, _: scenario["source"] == "generated",
+    "recorded traffic": lambda scenario, _: scenario["source"] == "real",
+    "engines of its training": lambda scenario, trained: _engines(scenario) <= set(trained),
+    "other engines": lambda scenario, trained: not _engines(scenario) <= set(trained),
+}
+"""Scenarios that are shown apart, by the engines that the learned policy was trained on."""
+
+
+def _engines(scenario: Row) -> set[str]:
+    return {pool["engine"] for pool in scenario["pools"]}
 
 
 def _tuned(*modes: str) -> Callable[[Row], bool]:
@@ -51,7 +61,7 @@ class Rivalry:
         both: scenarios whose SLO both hold.
         cost: of the learned policy over the rival's there, geometric mean and bootstrap interval over scenarios; None
             where there are none.
-        by_source: the same on ``generated`` and ``real`` traffic alone.
+        by_part: the same on each of `PARTS` alone.
         cost_tuned: the same where the learned policy, too, was tuned on the train slice; None where it was not.
     """
 
@@ -59,7 +69,7 @@ class Rivalry:
     held: int
     both: int
     cost: Interval | None
-    by_source: dict[str, Interval | None]
+    by_part: dict[str, Interval | None]
     cost_tuned: Interval | None
 
 
@@ -84,18 +94,19 @@ class Miss:
     plan_cost: float | None
 
 
-def rivalries(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Rivalry]:
+def rivalries(rows: Sequence[Row], scenarios: Sequence[Row], trained: Collection[str] = ()) -> list[Rivalry]:
     """Against the best of every group first, then one by one; empty where the learned policy was not judged.
 
     Args:
         rows: `Evaluation.by_scenario`.
         scenarios: as an `Evaluation` describes them.
+        trained: engines that the learned policy was trained on.
     """
     singles = sorted({(row["policy"], row["tuned"]) for row in rows if _tuned("train", "self")(row)})
     rivals = GROUPS | {label(policy, tuned): _only(policy, tuned) for policy, tuned in singles}
     if not any(_shipped(row) for row in rows):
         return []
-    found = (_against(name, belongs, rows, scenarios) for name, belongs in rivals.items())
+    found = (_against(name, belongs, rows, scenarios, trained) for name, belongs in rivals.items())
     return [item for item in found if item.held]
 
 
@@ -122,10 +133,17 @@ def misses(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[Miss]:
     return found
 
 
-def _against(name: str, belongs: Callable[[Row], bool], rows: Sequence[Row], scenarios: Sequence[Row]) -> Rivalry:
+def _against(
+    name: str,
+    belongs: Callable[[Row], bool],
+    rows: Sequence[Row],
+    scenarios: Sequence[Row],
+    trained: Collection[str],
+) -> Rivalry:
     held = 0
-    ratios: dict[str, list[float]] = {source: [] for source in SOURCES}
-    tuned = []
+    shipped_ratios: list[float] = []
+    tuned_ratios: list[float] = []
+    by_part: dict[str, list[float]] = {part: [] for part in PARTS}
     for scenario in scenarios:
         own = [row for row in rows if row["scenario"] == scenario["name"]]
         rival = cheapest(filter(belongs, own))
@@ -134,9 +152,17 @@ def _against(name: str, belongs: Callable[[Row], bool], rows: Sequence[Row], sce
         held += 1
         shipped, on_train = cheapest(filter(_shipped, own)), cheapest(filter(_trained, own))
         if shipped is not None:
-            ratios[scenario["source"]].append(shipped["usd"] / rival["usd"])
+            shipped_ratios.append(shipped["usd"] / rival["usd"])
+            for part, contains in PARTS.items():
+                if contains(scenario, trained):
+                    by_part[part].append(shipped_ratios[-1])
         if on_train is not None:
-            tuned.append(on_train["usd"] / rival["usd"])
-    everywhere = [ratio for source in SOURCES for ratio in ratios[source]]
-    by_source = {source: geometric_mean(ratios[source]) for source in SOURCES}
-    return Rivalry(name, held, len(everywhere), geometric_mean(everywhere), by_source, geometric_mean(tuned))
+            tuned_ratios.append(on_train["usd"] / rival["usd"])
+    return Rivalry(
+        rival=name,
+        held=held,
+        both=len(shipped_ratios),
+        cost=geometric_mean(shipped_ratios),
+        by_part={part: geometric_mean(ratios) for part, ratios in by_part.items()},
+        cost_tuned=geometric_mean(tuned_ratios),
+    )

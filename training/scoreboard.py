@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from policies.files import write_text
-from policies.lineup import is_peer, is_rule
+from policies.lineup import ALL, REFERENCES, is_peer, is_rule
 from training.cells import DEFAULT, label
-from training.rivals import GROUPS, LEARNED, Rivalry, misses, rivalries
+from training.rivals import GROUPS, LEARNED, PARTS, Rivalry, misses, rivalries
 from training.scores import REFERENCE
 from training.standings import MODES, WITHOUT_FORESIGHT, Standing, add_ratios, best_peer, cheapest, standings_of
 from training.tables import shown_ratio, table
@@ -29,16 +29,16 @@ def page(details: Row) -> str:
     scenarios: list[Row] = details["scenarios"]
     for scenario in scenarios:
         add_ratios(_of(rows, scenario))
-    suite = details["suite"]
-    command = "make scoreboard" if suite == "dev" else f"make scoreboard SUITE={suite}"
-    parts = [_HEAD.format(suite=suite, scenarios=len(scenarios), command=command)]
+    command = _command(details)
+    references = _REFERENCES if _planned(rows) else "."
+    parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios), references=references)]
     for source, title in TITLES.items():
         chosen = [scenario for scenario in scenarios if scenario["source"] == source]
         if not chosen:
             continue
-        parts += [f"## {title}: the room that is left", _room(rows, chosen), _not_servable(chosen)]
-        parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source))]
-    parts += _learned(rows, scenarios)
+        parts += [f"## {title}: {_ROOM if _planned(rows) else _BEST}", _room(rows, chosen), _not_servable(chosen)]
+        parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source), _planned(rows))]
+    parts += _learned(rows, scenarios, _engines(details["policies"]))
     parts += ["## Scenarios", _scenarios(scenarios, details["skipped"])]
     parts += ["## Tuning", _tuning(details["tunings"])]
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
@@ -46,12 +46,15 @@ def page(details: Row) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_HEAD = """# Scoreboard
-
-What every policy costs on the suite `{suite}` ({scenarios} scenarios), beside three references that nobody can run:
+_ROOM, _BEST = "the room that is left", "the best of each kind"
+_REFERENCES = """, beside three references that nobody can run:
 the *fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved
 in the simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and
-counted. `{command}` writes this page from a clean checkout.
+counted."""
+_HEAD = """# Scoreboard
+
+What every policy costs on the suite `{suite}` ({scenarios} scenarios){references} The command at the foot writes this
+page from a clean checkout.
 
 Policies appear as their projects ship them (*default*), tuned on other traffic of the same kind (*train*), these
 settings moved at run time by the measured attainment (*self*), and tuned on the very traffic that they are judged on
@@ -60,6 +63,31 @@ settings moved at run time by the measured attainment (*self*), and tuned on the
 _FOOT = """---
 
 Written by `{command}`; {versions}."""
+
+
+def _command(details: Row) -> str:
+    """What writes this page: everything that is not the default of ``make scoreboard`` is named."""
+    rows = details["by_scenario"]
+    modes = [mode for mode in MODES if any(row["tuned"] == mode for row in rows)]
+    named = [item["policy"] for item in details["policies"]]
+    named += [name for name in REFERENCES if any(row["policy"] == name for row in rows)]
+    words = [
+        "make scoreboard",
+        "" if details["suite"] == "dev" else f"SUITE={details['suite']}",
+        "" if modes == list(MODES) else f"TUNED={','.join(modes)}",
+        "" if set(named) == {*ALL, *REFERENCES} else f"POLICY={','.join(named)}",
+    ]
+    return " ".join(filter(None, words))
+
+
+def _planned(rows: Sequence[Row]) -> bool:
+    """Whether the clairvoyant plan is among the rows."""
+    return any(row["policy"] == "plan" for row in rows)
+
+
+def _engines(policies: Sequence[Row]) -> list[str]:
+    """That the learned policy was trained on."""
+    return next((item.get("engines", []) for item in policies if item["policy"] == LEARNED), [])
 
 
 def _of(rows: Sequence[Row], scenario: Row) -> list[Row]:
@@ -82,12 +110,13 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
         "learned": lambda own: _learned_row(own, DEFAULT),
         "learned, train": lambda own: _learned_row(own, "train"),
     }
-    lines = []
-    for scenario in scenarios:
-        own = _of(rows, scenario)
-        lines.append((scenario["name"], *(_cost(choose(own), name) for name, choose in columns.items())))
-    told = "Dollars per million tokens; in brackets, the cost over the plan's; then the policy."
-    return f"{table(('scenario', *columns), lines)}\n\n{told}"
+    found = {scenario["name"]: [choose(_of(rows, scenario)) for choose in columns.values()] for scenario in scenarios}
+    judged = [place for place in range(len(columns)) if any(best[place] for best in found.values())]
+    names = list(columns)
+    lines = [(name, *(_cost(best[place], names[place]) for place in judged)) for name, best in found.items()]
+    over = "in brackets, the cost over the plan's; " if _planned(rows) else ""
+    told = f"Dollars per million tokens; {over}then the policy."
+    return f"{table(('scenario', *(names[place] for place in judged)), lines)}\n\n{told}"
 
 
 def _reference(rows: Sequence[Row], name: str) -> Row | None:
@@ -115,47 +144,50 @@ def _not_servable(scenarios: Sequence[Row]) -> str:
     return f"Not even the clairvoyant plan holds the SLO of: {', '.join(names)}." if names else ""
 
 
-def _every_policy(found: Sequence[Standing]) -> str:
-    """Held scenarios and geometric means of the cost over the plan, by tuning."""
+_UNITS = {True: "the plan's", False: "that of the best peer without hindsight"}
+
+
+def _every_policy(found: Sequence[Standing], planned: bool) -> str:
+    """Held scenarios and geometric means of the cost over the plan's, or the best peer's where none was searched."""
     by_name: dict[str, dict[str, Standing]] = {}
     for item in found:
         by_name.setdefault(item.policy, {})["default" if item.tuned == REFERENCE else item.tuned] = item
     lines = []
     for name, modes in by_name.items():
         kind = "peer" if is_peer(name) else "own rule" if is_rule(name) else "" if name == LEARNED else "reference"
-        lines.append((name, kind, *(_standing(modes[mode]) if mode in modes else "" for mode in MODES)))
+        lines.append((name, kind, *(_standing(modes[mode], planned) if mode in modes else "" for mode in MODES)))
     told = (
-        "Scenarios held, of those that can be held; then the cost over the plan's on those, geometric mean and the "
-        "bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at how "
-        "many were held first."
+        f"Scenarios held, of those that can be held; then the cost over {_UNITS[planned]} on those, geometric mean and "
+        "the bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at "
+        "how many were held first."
     )
     return f"{table(('policy', 'kind', *MODES), lines)}\n\n{told}"
 
 
-def _standing(item: Standing) -> str:
+def _standing(item: Standing, planned: bool) -> str:
     held = f"{item.held}/{item.scenarios}"
-    if item.cost_vs_plan is None:
+    cost = item.cost_vs_plan if planned else item.cost_vs_best_peer
+    if cost is None:
         return held
-    mean, low, high = item.cost_vs_plan
+    mean, low, high = cost
     return f"{held}: {mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _learned(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[str]:
+def _learned(rows: Sequence[Row], scenarios: Sequence[Row], trained: Sequence[str]) -> list[str]:
     """What the learned policy costs beside the others, and where it misses."""
-    found = rivalries(rows, scenarios)
+    found = rivalries(rows, scenarios, trained)
     if not found:
         return []
-    sources = {scenario["source"] for scenario in scenarios}
     told = (
         "The bill of the learned policy, as it ships, over that of the other, on the scenarios that both hold: "
-        "geometric mean and bootstrap interval over scenarios (2.5 to 97.5 %); in the last column its first price of a "
-        "miss is tuned on the train slice, as the others' settings are. First against the cheapest of a group *per "
-        "scenario*, which nobody runs and nobody knows beforehand."
+        "geometric mean and bootstrap interval over scenarios (2.5 to 97.5 %); *tuned*: its first price of a miss is "
+        "tuned on the train slice, as the others' settings are. First against the cheapest of a group *per scenario*, "
+        "which nobody runs and nobody knows beforehand."
     )
     groups = [item for item in found if item.rival in GROUPS]
     singles = [item for item in found if item.rival not in GROUPS]
     parts = ["## The learned policy beside the others", told]
-    parts += [_rivalries(items, sources) for items in (groups, singles) if items]
+    parts += [_rivalries(items) for items in (groups, singles) if items]
     missed = [
         (
             item.scenario,
@@ -169,16 +201,14 @@ def _learned(rows: Sequence[Row], scenarios: Sequence[Row]) -> list[str]:
     return [*parts, table(headings, missed)] if missed else parts
 
 
-def _rivalries(found: Sequence[Rivalry], sources: Collection[str]) -> str:
-    """Traffic of one source alone where there are both."""
-    apart = {source: title for source, title in TITLES.items() if len(sources) > 1}
+def _rivalries(found: Sequence[Rivalry]) -> str:
+    """All scenarios, then parts of them that are neither all nor none."""
+    parts = [part for part in PARTS if any(item.by_part[part] not in (None, item.cost) for item in found)]
     lines = []
     for item in found:
-        costs = (item.cost, *(item.by_source[source] for source in apart), item.cost_tuned)
+        costs = (item.cost, item.cost_tuned, *(item.by_part[part] for part in parts))
         lines.append((item.rival, f"{item.held}", f"{item.both}", *map(shown_ratio, costs)))
-    return table(
-        ("over", "it holds", "both hold", "cost", *(title.lower() for title in apart.values()), "cost, tuned"), lines
-    )
+    return table(("over", "it holds", "both hold", "cost", "cost, tuned", *parts), lines)
 
 
 def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:

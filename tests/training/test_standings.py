@@ -107,7 +107,7 @@ def test_the_mean_of_nothing_is_none():
 def test_the_page_names_the_best_peer_by_tuning_beside_plan_and_bound(judged):
     text = page(judged.to_json())
     assert (
-        "| one | 4.000 (0.80) | 5.000 (1.00) | - | 15.000 (3.00) hpa | 9.000 (1.80) hpa | - | 6.000 (1.20) hpa |"
+        "| one | 4.000 (0.80) | 5.000 (1.00) | 15.000 (3.00) hpa | 9.000 (1.80) hpa | 6.000 (1.20) hpa |"
         in text
     )
     assert "| knative | peer | 0/1 |" in text
@@ -125,7 +125,9 @@ def test_the_page_labels_scenarios_that_cannot_be_held_or_were_skipped():
 def against(rows, sources=("generated", "generated"), suite="toy"):
     names = ("one", "two")[: len(sources)]
     scenarios = tuple(scenario_of(name, source) for name, source in zip(names, sources, strict=True))
-    return Evaluation(suite, tuple(rows), scenarios, (), {"jevons": "1"})
+    named = dict.fromkeys(row.policy for row in rows)
+    policies = tuple({"policy": name, "bundle_digest": None, "engines": ["e"]} for name in named)
+    return Evaluation(suite, tuple(rows), scenarios, policies, {"jevons": "1"})
 
 
 def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of_each_group():
@@ -146,13 +148,27 @@ def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of
     best = found["the best tuned peer"]
     assert (best.held, best.both) == (2, 2)
     assert best.cost[0] == pytest.approx(math.sqrt(0.8 * 0.5))
-    assert (best.by_source["generated"][0], best.by_source["real"][0]) == pytest.approx((0.8, 0.5))
+    assert (best.by_part["generated traffic"][0], best.by_part["recorded traffic"][0]) == pytest.approx((0.8, 0.5))
     assert found["hpa (train)"].cost[0] == pytest.approx(0.8)
     assert (found["hpa (train)"].held, found["static (train)"].held) == (1, 2)
     assert found["the best self-tuned peer or rule"].cost[0] == pytest.approx(2.0)
     assert found["the clairvoyant plan"].cost[0] == pytest.approx(1.6)
     assert "the best peer in hindsight" not in found  # nothing was tuned so
     assert "learned" not in found
+
+
+def test_engines_of_the_training_are_told_from_others_and_a_page_without_plans_compares_with_the_best_peer():
+    rows = [scored("learned", 8.0), scored("hpa", 10.0, tuned="train"), scored("learned", 9.0, scenario="two")]
+    judged = against([*rows, scored("hpa", 6.0, tuned="train", scenario="two")], ("real", "real"))
+    judged.scenarios[1]["pools"][0]["engine"] = "new"
+    best = rivalries(judged.by_scenario(), judged.scenarios, trained=["e"])[0]
+    assert best.by_part["engines of its training"][0] == pytest.approx(0.8)
+    assert best.by_part["other engines"][0] == pytest.approx(1.5)
+    text = page(judged.to_json())
+    assert "| over | it holds | both hold | cost | cost, tuned | engines of its training | other engines |" in text
+    assert "the best of each kind" in text
+    assert "| hpa | peer |  | 2/2: 1.00 (1.00 to 1.00) |  |  |" in text
+    assert "plan" not in text.partition("## Recorded")[0]
 
 
 def test_the_tuned_learned_policy_has_a_column_of_its_own_and_stands_in_for_nobody():
@@ -190,4 +206,4 @@ def test_the_page_shows_rivals_and_misses_only_with_a_learned_policy(judged):
     rows = [scored("learned", 8.0, holds=False), scored("hpa", 10.0, tuned="train")]
     text = page(against(rows, ("real",), "full").to_json())
     assert "| one | 50.0% of 95% | hpa (train) at 1.25 of its cost | - |" in text
-    assert "`make scoreboard SUITE=full` writes this page" in text
+    assert "Written by `make scoreboard SUITE=full TUNED=default,train POLICY=learned,hpa`" in text
