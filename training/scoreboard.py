@@ -29,20 +29,20 @@ def page(details: Row) -> str:
     scenarios: list[Row] = details["scenarios"]
     for scenario in scenarios:
         add_ratios(_of(rows, scenario))
-    command = _command(details)
-    references = _REFERENCES if _planned(rows) else "."
+    planned = any(row["policy"] == "plan" for row in rows)
+    references = _REFERENCES if planned else "."
     parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios), references=references)]
     for source, title in TITLES.items():
         chosen = [scenario for scenario in scenarios if scenario["source"] == source]
         if not chosen:
             continue
-        parts += [f"## {title}: {_ROOM if _planned(rows) else _BEST}", _room(rows, chosen), _not_servable(chosen)]
-        parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source), _planned(rows))]
+        parts += [f"## {title}: {_ROOM if planned else _BEST}", _room(rows, chosen, planned), _not_servable(chosen)]
+        parts += [f"## {title}: every policy", _every_policy(standings_of(rows, scenarios, source), planned)]
     parts += _learned(rows, scenarios, _engines(details["policies"]))
     parts += ["## Scenarios", _scenarios(scenarios, details["skipped"])]
     parts += ["## Tuning", _tuning(details["tunings"])]
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    parts.append(_FOOT.format(command=command, versions=versions))
+    parts.append(_FOOT.format(command=_command(details), versions=versions))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -80,11 +80,6 @@ def _command(details: Row) -> str:
     return " ".join(filter(None, words))
 
 
-def _planned(rows: Sequence[Row]) -> bool:
-    """Whether the clairvoyant plan is among the rows."""
-    return any(row["policy"] == "plan" for row in rows)
-
-
 def _engines(policies: Sequence[Row]) -> list[str]:
     """That the learned policy was trained on."""
     return next((item.get("engines", []) for item in policies if item["policy"] == LEARNED), [])
@@ -94,8 +89,8 @@ def _of(rows: Sequence[Row], scenario: Row) -> list[Row]:
     return [row for row in rows if row["scenario"] == scenario["name"]]
 
 
-def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
-    """Per scenario: references, best peer by tuning, best rule of our own, the learned policy."""
+def _room(rows: Sequence[Row], scenarios: Sequence[Row], planned: bool) -> str:
+    """Per scenario: references, best peer by tuning, best rule of our own, the learned policy; what was judged."""
     columns: dict[str, Callable[[list[Row]], Row | None]] = {
         "bound": lambda own: _reference(own, "bound"),
         "plan": lambda own: _reference(own, "plan"),
@@ -114,7 +109,7 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row]) -> str:
     judged = [place for place in range(len(columns)) if any(best[place] for best in found.values())]
     names = list(columns)
     lines = [(name, *(_cost(best[place], names[place]) for place in judged)) for name, best in found.items()]
-    over = "in brackets, the cost over the plan's; " if _planned(rows) else ""
+    over = "in brackets, the cost over the plan's; " if planned else ""
     told = f"Dollars per million tokens; {over}then the policy."
     return f"{table(('scenario', *(names[place] for place in judged)), lines)}\n\n{told}"
 
@@ -144,9 +139,6 @@ def _not_servable(scenarios: Sequence[Row]) -> str:
     return f"Not even the clairvoyant plan holds the SLO of: {', '.join(names)}." if names else ""
 
 
-_UNITS = {True: "the plan's", False: "that of the best peer without hindsight"}
-
-
 def _every_policy(found: Sequence[Standing], planned: bool) -> str:
     """Held scenarios and geometric means of the cost over the plan's, or the best peer's where none was searched."""
     by_name: dict[str, dict[str, Standing]] = {}
@@ -156,8 +148,9 @@ def _every_policy(found: Sequence[Standing], planned: bool) -> str:
     for name, modes in by_name.items():
         kind = "peer" if is_peer(name) else "own rule" if is_rule(name) else "" if name == LEARNED else "reference"
         lines.append((name, kind, *(_standing(modes[mode], planned) if mode in modes else "" for mode in MODES)))
+    unit = "the plan's" if planned else "that of the best peer without hindsight"
     told = (
-        f"Scenarios held, of those that can be held; then the cost over {_UNITS[planned]} on those, geometric mean and "
+        f"Scenarios held, of those that can be held; then the cost over {unit} on those, geometric mean and "
         "the bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at "
         "how many were held first."
     )
