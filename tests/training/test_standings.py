@@ -106,10 +106,7 @@ def test_the_mean_of_nothing_is_none():
 
 def test_the_page_names_the_best_peer_by_tuning_beside_plan_and_bound(judged):
     text = page(judged.to_json())
-    assert (
-        "| one | 4.000 (0.80) | 5.000 (1.00) | 15.000 (3.00) hpa | 9.000 (1.80) hpa | 6.000 (1.20) hpa |"
-        in text
-    )
+    assert "| one | 4.000 (0.80) | 5.000 (1.00) | 15.000 (3.00) hpa | 9.000 (1.80) hpa | 6.000 (1.20) hpa |" in text
     assert "| knative | peer | 0/1 |" in text
 
 
