@@ -42,6 +42,7 @@ def _only(policy: str, tuned: str) -> Callable[[Row], bool]:
 
 _shipped, _trained = _only(LEARNED, DEFAULT), _only(LEARNED, "train")
 GROUPS: dict[str, Callable[[Row], bool]] = {
+    "the best peer as it ships": lambda row: row["tuned"] == DEFAULT and is_peer(row["policy"]),
     "the best tuned peer": lambda row: _tuned("train")(row) and is_peer(row["policy"]),
     "the best self-tuned peer or rule": _tuned("self"),
     "the best tuned rule of our own": lambda row: _tuned("train")(row) and is_rule(row["policy"]),

@@ -131,8 +131,10 @@ def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of
     judged = against(
         [
             scored("learned", 8.0),
+            scored("hpa", 20.0),
             scored("hpa", 10.0, tuned="train"),
             scored("static", 16.0, tuned="train"),
+            scored("reactive", 3.0),
             scored("reactive", 4.0, tuned="self"),
             scored("plan", 5.0, tuned=REFERENCE),
             scored("learned", 9.0, scenario="two"),
@@ -146,6 +148,7 @@ def test_the_learned_policy_is_compared_where_both_hold_and_with_the_cheapest_of
     assert (best.held, best.both) == (2, 2)
     assert best.cost[0] == pytest.approx(math.sqrt(0.8 * 0.5))
     assert (best.by_part["generated traffic"][0], best.by_part["recorded traffic"][0]) == pytest.approx((0.8, 0.5))
+    assert found["the best peer as it ships"].cost[0] == pytest.approx(0.4)  # the rule of our own is no peer
     assert found["hpa (train)"].cost[0] == pytest.approx(0.8)
     assert (found["hpa (train)"].held, found["static (train)"].held) == (1, 2)
     assert found["the best self-tuned peer or rule"].cost[0] == pytest.approx(2.0)
