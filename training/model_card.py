@@ -225,7 +225,7 @@ def _limits(evaluations: Sequence[Row]) -> str:
         missed = [name for name, row in rows.items() if not row["holds_slo"]]
         unservable = {scenario["name"] for scenario in found["scenarios"] if scenario["servable"] is False}
         if missed:
-            told = _words(f"{name} (nobody can)" if name in unservable else name for name in missed)
+            told = "; ".join(f"{name} (nobody can)" if name in unservable else name for name in missed)
             lines.append(f"- On suite `{found['suite']}` it misses the SLO of: {told}.")
         else:
             lines.append(f"- On suite `{found['suite']}` it holds every SLO.")
@@ -236,7 +236,7 @@ def _limits(evaluations: Sequence[Row]) -> str:
             if row["holds_slo"] and peer is not None and peer["usd"] < row["usd"]
         ]
         if dearer:
-            lines.append(f"- There a peer is cheaper on: {_words(dearer)}.")
+            lines.append(f"- There a peer is cheaper on: {'; '.join(dearer)}.")
     return "\n".join(lines)
 
 

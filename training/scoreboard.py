@@ -136,7 +136,7 @@ def _named(row: Row, column: str) -> str:
 
 def _not_servable(scenarios: Sequence[Row]) -> str:
     names = [scenario["name"] for scenario in scenarios if scenario["servable"] is False]
-    return f"Not even the clairvoyant plan holds the SLO of: {', '.join(names)}." if names else ""
+    return f"Not even the clairvoyant plan holds the SLO of: {'; '.join(names)}." if names else ""
 
 
 def _every_policy(found: Sequence[Standing], planned: bool) -> str:
