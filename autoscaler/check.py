@@ -24,8 +24,6 @@ NAMED = 5
 """Services named in one line."""
 MIN_SAMPLES = 2
 """Samples that a rate needs within its window."""
-HISTORY = "5m"
-"""How far before the window a series is looked for, to tell whether it is older."""
 
 
 def check_metrics(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Access]:
@@ -149,20 +147,22 @@ def _freshness(
 def _samples(config: PrometheusConfig, specs: Sequence[ScalingSpec], client: PrometheusClient) -> Access:
     """Whether the rate window holds the samples that a rate needs.
 
-    Only series that are older than the window count: a replica that has just started says nothing about how often it
-    is scraped. Where all are that young nothing can be told yet.
+    Only series that were there when the window began, and still are, count: a replica that has just started says
+    nothing about how often it is scraped. Where all are that young nothing can be told yet.
     """
     window_s = config.window_s or specs[0].interface.window.control_interval_s
     window = presets.duration(window_s)
     names, _ = candidates_by_signal(config)["running"]
+    series = [presets.selector(name, config.matchers) for name in names]
     terms = []
-    for name in names:
-        series = presets.selector(name, config.matchers)
-        old = f"(present_over_time({series}[{HISTORY}] offset {window}) and {series})"
-        terms.append(f"(count_over_time({series}[{window}]) and {old}) or ({old} * 0)")
+    for one in series:
+        old = f"({one} and {one} offset {window})"
+        terms.append(f"(count_over_time({one}[{window}]) and {old}) or ({old} * 0)")
     rows = client.ask(f"min({' or '.join(terms)})")
     if not rows:
-        return Access("scrape interval", True, f"cannot be told yet: no series is older than {window_s:g} s")
+        there = client.ask(f"count({' or '.join(series)})")
+        detail = f"cannot be told yet: no series is older than {window_s:g} s" if there else f"{names[0]}: no series"
+        return Access("scrape interval", bool(there), detail)
     samples = float(rows[0]["value"][1])
     detail = f"{samples:.0f} samples in a window of {window_s:g} s"
     if samples <= MIN_SAMPLES:

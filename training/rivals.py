@@ -23,9 +23,9 @@ PARTS: dict[str, Callable[[Row, Collection[str]], bool]] = {
     "generated traffic": lambda scenario, _: scenario["source"] == "generated",
     "recorded traffic": lambda scenario, _: scenario["source"] == "real",
     "engines of its training": lambda scenario, trained: _engines(scenario) <= set(trained),
-    "other engines": lambda scenario, trained: not _engines(scenario) <= set(trained),
+    "other engines": lambda scenario, trained: bool(trained) and not _engines(scenario) <= set(trained),
 }
-"""Scenarios that are shown apart, by the engines that the learned policy was trained on."""
+"""Parts of the scenarios, by their traffic and by whether the learned policy was trained on their engines."""
 
 
 def _engines(scenario: Row) -> set[str]:

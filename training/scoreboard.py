@@ -30,8 +30,9 @@ def page(details: Row) -> str:
     for scenario in scenarios:
         add_ratios(_of(rows, scenario))
     planned = any(row["policy"] == "plan" for row in rows)
-    references = _REFERENCES if planned else "."
-    parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios), references=references)]
+    shown = [told for name, told in _REFERENCES.items() if any(row["policy"] == name for row in rows)]
+    beside = f", beside references that nobody can run: {'; '.join(shown)}" if shown else ""
+    parts = [_HEAD.format(suite=details["suite"], scenarios=len(scenarios), references=beside)]
     for source, title in TITLES.items():
         chosen = [scenario for scenario in scenarios if scenario["source"] == source]
         if not chosen:
@@ -47,14 +48,16 @@ def page(details: Row) -> str:
 
 
 _ROOM, _BEST = "the room that is left", "the best of each kind"
-_REFERENCES = """, beside three references that nobody can run:
-the *fluid bound*, below which no policy holds the SLO; the *clairvoyant plan*, which knows the traffic and was proved
-in the simulator; the *best static fleet* in hindsight. [evaluation.md](evaluation.md) says how each is computed and
-counted."""
+_REFERENCES = {
+    "bound": "the *fluid bound*, below which no policy holds the SLO",
+    "plan": "the *clairvoyant plan*, which knows the traffic and was proved in the simulator",
+    "best-static": "the *best static fleet* in hindsight",
+}
 _HEAD = """# Scoreboard
 
-What every policy costs on the suite `{suite}` ({scenarios} scenarios){references} The command at the foot writes this
-page from a clean checkout.
+What every policy costs on the suite `{suite}` ({scenarios} scenarios){references}.
+[evaluation.md](evaluation.md) says how everything is computed and counted. The command at the foot writes this page
+from a clean checkout.
 
 Policies appear as their projects ship them (*default*), tuned on other traffic of the same kind (*train*), these
 settings moved at run time by the measured attainment (*self*), and tuned on the very traffic that they are judged on
@@ -81,7 +84,7 @@ def _command(details: Row) -> str:
 
 
 def _engines(policies: Sequence[Row]) -> list[str]:
-    """That the learned policy was trained on."""
+    """Engines that the learned policy was trained on."""
     return next((item.get("engines", []) for item in policies if item["policy"] == LEARNED), [])
 
 
@@ -90,7 +93,7 @@ def _of(rows: Sequence[Row], scenario: Row) -> list[Row]:
 
 
 def _room(rows: Sequence[Row], scenarios: Sequence[Row], planned: bool) -> str:
-    """Per scenario: references, best peer by tuning, best rule of our own, the learned policy; what was judged."""
+    """Per scenario: references, best peer by tuning, best own rule, the learned policy; no empty columns."""
     columns: dict[str, Callable[[list[Row]], Row | None]] = {
         "bound": lambda own: _reference(own, "bound"),
         "plan": lambda own: _reference(own, "plan"),
@@ -144,17 +147,19 @@ def _every_policy(found: Sequence[Standing], planned: bool) -> str:
     by_name: dict[str, dict[str, Standing]] = {}
     for item in found:
         by_name.setdefault(item.policy, {})["default" if item.tuned == REFERENCE else item.tuned] = item
+    judged = [mode for mode in MODES if any(mode in modes for modes in by_name.values())]
     lines = []
     for name, modes in by_name.items():
         kind = "peer" if is_peer(name) else "own rule" if is_rule(name) else "" if name == LEARNED else "reference"
-        lines.append((name, kind, *(_standing(modes[mode], planned) if mode in modes else "" for mode in MODES)))
+        lines.append((name, kind, *(_standing(modes[mode], planned) if mode in modes else "" for mode in judged)))
     unit = "the plan's" if planned else "that of the best peer without hindsight"
+    counted = "those that can be held" if planned else "all"
     told = (
-        f"Scenarios held, of those that can be held; then the cost over {unit} on those, geometric mean and "
+        f"Scenarios held, of {counted}; then the cost over {unit} on those, geometric mean and "
         "the bootstrap interval over scenarios (2.5 to 97.5 %). Means over different scenarios don't compare: look at "
         "how many were held first."
     )
-    return f"{table(('policy', 'kind', *MODES), lines)}\n\n{told}"
+    return f"{table(('policy', 'kind', *judged), lines)}\n\n{told}"
 
 
 def _standing(item: Standing, planned: bool) -> str:
@@ -180,7 +185,8 @@ def _learned(rows: Sequence[Row], scenarios: Sequence[Row], trained: Sequence[st
     groups = [item for item in found if item.rival in GROUPS]
     singles = [item for item in found if item.rival not in GROUPS]
     parts = ["## The learned policy beside the others", told]
-    parts += [_rivalries(items) for items in (groups, singles) if items]
+    apart = [part for part, has in PARTS.items() if 0 < sum(has(item, trained) for item in scenarios) < len(scenarios)]
+    parts += [_rivalries(items, apart) for items in (groups, singles) if items]
     missed = [
         (
             item.scenario,
@@ -194,9 +200,8 @@ def _learned(rows: Sequence[Row], scenarios: Sequence[Row], trained: Sequence[st
     return [*parts, table(headings, missed)] if missed else parts
 
 
-def _rivalries(found: Sequence[Rivalry]) -> str:
-    """All scenarios, then parts of them that are neither all nor none."""
-    parts = [part for part in PARTS if any(item.by_part[part] not in (None, item.cost) for item in found)]
+def _rivalries(found: Sequence[Rivalry], parts: Sequence[str]) -> str:
+    """All scenarios, then parts of them."""
     lines = []
     for item in found:
         costs = (item.cost, item.cost_tuned, *(item.by_part[part] for part in parts))
@@ -222,8 +227,8 @@ def _scenarios(scenarios: Sequence[Row], skipped: Sequence[Row]) -> str:
 def _tuning(tunings: Sequence[Row]) -> str:
     if not tunings:
         return (
-            "Nothing was tuned in the run that this page shows (`make scoreboard TUNED=default`): policies have their "
-            "default settings, and columns of other settings are empty. `make scoreboard` tunes them all."
+            "Nothing was tuned in the run that this page shows: policies have their default settings. Without "
+            "`TUNED=default` the command tunes them all."
         )
     runs = sum(item["trials"] for item in tunings)
     lines = [

@@ -152,7 +152,7 @@ def standings_of(summary: Sequence[dict[str, Any]], scenarios: Sequence[dict[str
         key=lambda item: (
             references.get(item.policy, len(references)),
             -item.held,
-            item.cost_vs_plan[0] if item.cost_vs_plan else math.inf,
+            (item.cost_vs_plan or item.cost_vs_best_peer or (math.inf,))[0],
         ),
     )
 

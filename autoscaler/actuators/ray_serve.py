@@ -89,7 +89,7 @@ class RayServeActuator:
         failures: dict[str, str] = {}
         body = declared(details)
         before = copy.deepcopy(body)
-        scales: list[tuple[PoolName, int]] = []
+        scales: list[tuple[PoolName, int, Json]] = []
         for pool, replicas, cap in wishes:
             try:
                 self._edit(pool, replicas, cap, details, body, scales)
@@ -97,10 +97,12 @@ class RayServeActuator:
                 failures[pool.service] = str(error)
         try:
             if body != before:
+                for _, replicas, entry in scales:  # a PUT carries counts out too, and later than the external scaler
+                    entry["num_replicas"] = replicas
                 self._ask("PUT", APPLICATIONS, body)
         except ServeError as error:
             raise PartlyFailed({pool.service: str(error) for pool, _, _ in wishes}) from None
-        for pool, replicas in scales:
+        for pool, replicas, _ in scales:
             application, deployment = self._places[pool]
             path = f"/api/v1/applications/{application}/deployments/{deployment}/scale"
             try:
@@ -111,7 +113,7 @@ class RayServeActuator:
             raise PartlyFailed(failures)
 
     def state(self) -> FleetState:
-        """What Serve reports; its own autoscaler counts as another owner unless it asks our policy."""
+        """What was asked for last, and what runs; Serve's autoscaler is another owner unless it asks our policy."""
         state = FleetState.unknown(self._pools)
         try:
             details = self._details()
@@ -126,7 +128,10 @@ class RayServeActuator:
             at = (pool.row, pool.column)
             states = [one["state"] for one in found.get("replicas", [])]
             ready = sum(one == "RUNNING" for one in states)
-            count, cap = self._in_force(details, pool)
+            count, cap = self._asked_for(details, pool)
+            failed = details["applications"][self._places[pool][0]].get("status") == "DEPLOY_FAILED"
+            if failed or details.get("target_capacity") is not None:
+                count, cap = _running(found)  # Serve runs nothing, or a share only, of what was declared
             target = len(states) if count is None else count
             state.replicas_target[at] = target
             state.replicas_ready[at] = ready
@@ -167,9 +172,15 @@ class RayServeActuator:
         self._session.close()
 
     def _edit(
-        self, pool: PoolName, replicas: int, cap: int, details: Json, body: Json, scales: list[tuple[PoolName, int]]
+        self,
+        pool: PoolName,
+        replicas: int,
+        cap: int,
+        details: Json,
+        body: Json,
+        scales: list[tuple[PoolName, int, Json]],
     ) -> None:
-        """Write one pool's wish into the body; a count for the external scaler goes to `scales`."""
+        """Write one pool's wish into the body; a count for the external scaler goes to `scales`, with its entry."""
         application, deployment = self._places[pool]
         found = self._deployment(details, pool)
         if found is None:
@@ -185,13 +196,13 @@ class RayServeActuator:
         if entry is None:
             entry = {"name": deployment}
             config["deployments"].append(entry)
-        count_now, cap_now = self._in_force(details, pool)
+        count_now, cap_now = self._asked_for(details, pool)
         if cap_now != cap:
             entry["max_ongoing_requests"] = cap
         if count_now == replicas or self.config.replicas == "none":
             return
         if external:
-            scales.append((pool, replicas))
+            scales.append((pool, replicas, entry))
         elif found.get("deployment_config", {}).get("autoscaling_config"):
             raise ServeError(409, f"{self._where(pool)}: has an autoscaling_config; remove it, or set replicas: none")
         else:
@@ -202,22 +213,24 @@ class RayServeActuator:
         found: Json | None = details["applications"].get(application, {}).get("deployments", {}).get(deployment)
         return found
 
-    def _in_force(self, details: Json, pool: PoolName) -> tuple[int | None, int | None]:
-        """Target count and cap of a deployment that is there: as declared last, else as they run.
+    def _asked_for(self, details: Json, pool: PoolName) -> tuple[int | None, int | None]:
+        """Count and cap of a deployment that is there, as they were declared last; what runs, where Serve sets them.
 
         Serve's controller carries a declaration out in its own loop, so what runs is older for a moment, and a target
         that sets back what was declared a moment ago would look as if nothing had to be done.
         """
         application, deployment = self._places[pool]
-        found = details["applications"][application]["deployments"][deployment]
-        config = details["applications"][application].get("deployed_app_config") or {}
-        entry: Json = next((one for one in config.get("deployments", []) if one["name"] == deployment), {})
-        settings = found.get("deployment_config", {})
+        around = details["applications"][application]
+        found = around["deployments"][deployment]
+        config = around.get("deployed_app_config") or {}
+        entry: Json = next((one for one in config.get("deployments") or [] if one["name"] == deployment), {})
+        count, cap = _running(found)
         # A count is not the declaration's where Serve's own autoscaler or an external one sets it.
-        free = config.get("external_scaler_enabled") or settings.get("autoscaling_config")
-        count = None if free else entry.get("num_replicas")
-        count = found.get("target_num_replicas") if not isinstance(count, int) else count
-        return count, entry.get("max_ongoing_requests", settings.get("max_ongoing_requests"))
+        free = config.get("external_scaler_enabled") or found.get("deployment_config", {}).get("autoscaling_config")
+        declared_count = entry.get("num_replicas")
+        if isinstance(declared_count, int) and not free:
+            count = declared_count
+        return count, entry.get("max_ongoing_requests") or cap
 
     def _where(self, pool: PoolName) -> str:
         application, deployment = self._places[pool]
@@ -274,6 +287,12 @@ class RayServeActuator:
             except OSError as error:
                 raise ServeError(401, f"{file}: cannot be read: {error.strerror or error}") from None
         return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _running(deployment: Json) -> tuple[int | None, int | None]:
+    """Target count and cap that Serve's controller works by."""
+    settings = deployment.get("deployment_config", {})
+    return deployment.get("target_num_replicas"), settings.get("max_ongoing_requests")
 
 
 def declared(details: Json) -> Json:

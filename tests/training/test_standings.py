@@ -167,8 +167,9 @@ def test_engines_of_the_training_are_told_from_others_and_a_page_without_plans_c
     text = page(judged.to_json())
     assert "| over | it holds | both hold | cost | cost, tuned | engines of its training | other engines |" in text
     assert "the best of each kind" in text
-    assert "| hpa | peer |  | 2/2: 1.00 (1.00 to 1.00) |  |  |" in text
+    assert "| hpa | peer |  | 2/2: 1.00 (1.00 to 1.00) |" in text
     assert "plan" not in text.partition("## Recorded")[0]
+    assert all(item.by_part["other engines"] is None for item in rivalries(judged.by_scenario(), judged.scenarios))
 
 
 def test_the_tuned_learned_policy_has_a_column_of_its_own_and_stands_in_for_nobody():
