@@ -16,7 +16,7 @@ from policies.contract import Floats
 from policies.lineup import build
 from training.abuses import NONE, Abuse
 from training.cells import Cell, Maker, Variant, run_cell
-from training.evaluate import BOOTSTRAP_RESAMPLES, Progress, describe, versions
+from training.evaluate import BOOTSTRAP_RESAMPLES, Progress, describe, describe_policy, versions
 from training.scenarios import Scenario, Suite
 from training.scores import Score
 from training.workers import Workers
@@ -143,7 +143,7 @@ def run_treatments(
             for row in rows
         ),
         scenarios=tuple(describe(item, digests[item.name], ()) for item in suite.scenarios if item.name in digests),
-        policies=tuple({"policy": name, "bundle_digest": entry.bundle_digest} for name, entry in entries.items()),
+        policies=tuple({**describe_policy(entry), "policy": name} for name, entry in entries.items()),
         versions=versions(),
     )
 

@@ -108,13 +108,12 @@ def _room(rows: Sequence[Row], scenarios: Sequence[Row], planned: bool) -> str:
         "learned": lambda own: _learned_row(own, DEFAULT),
         "learned, train": lambda own: _learned_row(own, "train"),
     }
-    found = {scenario["name"]: [choose(_of(rows, scenario)) for choose in columns.values()] for scenario in scenarios}
-    judged = [place for place in range(len(columns)) if any(best[place] for best in found.values())]
-    names = list(columns)
-    lines = [(name, *(_cost(best[place], names[place]) for place in judged)) for name, best in found.items()]
+    found = {scenario["name"]: _of(rows, scenario) for scenario in scenarios}
+    judged = {name: choose for name, choose in columns.items() if any(choose(own) for own in found.values())}
+    lines = [(name, *(_cost(choose(own), column) for column, choose in judged.items())) for name, own in found.items()]
     over = "in brackets, the cost over the plan's; " if planned else ""
     told = f"Dollars per million tokens; {over}then the policy."
-    return f"{table(('scenario', *(names[place] for place in judged)), lines)}\n\n{told}"
+    return f"{table(('scenario', *judged), lines)}\n\n{told}"
 
 
 def _reference(rows: Sequence[Row], name: str) -> Row | None:

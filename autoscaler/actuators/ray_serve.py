@@ -192,10 +192,7 @@ class RayServeActuator:
         if external != (self.config.replicas == "external") and self.config.replicas != "none":
             state = "true" if external else "false"
             raise ServeError(412, f"{self._where(pool)}: external_scaler_enabled is {state}, see `replicas`")
-        entry = next((one for one in config.setdefault("deployments", []) if one["name"] == deployment), None)
-        if entry is None:
-            entry = {"name": deployment}
-            config["deployments"].append(entry)
+        entry = _entry(config, deployment)
         count_now, cap_now = self._asked_for(details, pool)
         if cap_now != cap:
             entry["max_ongoing_requests"] = cap
@@ -320,12 +317,19 @@ def declared(details: Json) -> Json:
 def _keep_counts(config: Json, deployments: Json) -> None:
     """A count set from outside is not in the declared configuration, and a PUT would set it back."""
     for name, found in deployments.items():
-        entry = next((one for one in config.setdefault("deployments", []) if one["name"] == name), None)
-        if entry is None:
-            entry = {"name": name}
-            config["deployments"].append(entry)
+        entry = _entry(config, name)
         if found.get("target_num_replicas") is not None:
             entry["num_replicas"] = found["target_num_replicas"]
+
+
+def _entry(config: Json, deployment: str) -> Json:
+    """What a declared application says of a deployment; put there if it says nothing."""
+    entries = config.setdefault("deployments", [])
+    found: Json | None = next((one for one in entries if one["name"] == deployment), None)
+    if found is None:
+        found = {"name": deployment}
+        entries.append(found)
+    return found
 
 
 def _place(config: RayServeConfig, pool: PoolName) -> tuple[str, str]:
