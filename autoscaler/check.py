@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from autoscaler import metric_presets as presets
 from autoscaler.actuators.base import Access
-from autoscaler.prometheus_api import PrometheusClient, PrometheusConfig, PrometheusQueryError
-from autoscaler.prometheus_queries import Query, build_queries, candidates_by_signal
+from autoscaler.metrics import presets
+from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.metrics.queries import Query, build_queries, candidates_by_signal
 from policies.engine import ConfigError
 from policies.spec import ScalingSpec
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from envs.cluster import SimulatedCluster
+from envs.cluster.simulation import SimulatedCluster
 from envs.randomization import Range, ScenarioBank, steady_demand
 from policies.action import decode_action
-from policies.columns import between
+from policies.columns import clip
 from policies.contract import Bools, Features, Floats, Ints, Observation, put_rows, take_rows
 from policies.decider import Decider
 from policies.engine import StrictModel
@@ -229,7 +229,7 @@ class Episodes:
         total = self.cluster.usage()
         missed = total.finished - total.good + total.rejected + total.overdue
         # A miss counts when it is certain: a first token that is overdue counts before it comes.
-        new_misses = between(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
+        new_misses = clip(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
         self._missed = np.maximum(missed, self._missed)
         interval_s = self.bank.interface.window.control_interval_s
         cost = self._objective.cost(usage, self._request_usd, interval_s, new_misses)

@@ -13,11 +13,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, model_validator
 
-from envs.cluster import pack_pools, pool_rows
-from envs.generator import GeneratorSpec, Profile, generate
-from envs.library import RequestLibrary
-from envs.state import Records
-from envs.traces import Trace
+from envs.cluster.library import RequestLibrary
+from envs.cluster.simulation import pack_pools, pool_rows
+from envs.cluster.state import Records
+from envs.traffic.generator import GeneratorSpec, Profile, generate
+from envs.traffic.trace import Trace
 from policies.contract import BOOT_BINS, Floats, Ints, Snapshot
 from policies.demand import RequestMix, estimate_demand
 from policies.engine import ColdStart, EngineProfile, Positive, StrictModel

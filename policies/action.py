@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, between, known, most
+from policies.columns import any_pool, clip, max_pools, nan_to_num
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.observation import FEATURES
@@ -35,10 +35,10 @@ MIN_DEMAND = 1e-3
 
 def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fleet, spec: ActionSpec) -> Target:
     """Turn outputs (n, 4) in -1..1 into a target (n, P). An output that is not a number counts as 0, the reference."""
-    outputs = between(known(np.array(action.T, np.float64)), -1.0, 1.0)
+    outputs = clip(nan_to_num(np.array(action.T, np.float64)), -1.0, 1.0)
     spans = np.array([[spec.headroom_span], [spec.slack_span], [spec.batch_cap_span]])
     headroom, slack, cap_factor = np.power(spans, outputs[:3])
-    spot_share = between(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
+    spot_share = clip(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
     surging = observation.features[:, SURGE_COLUMN] > np.log(SURGE)
     now = observation.demand[:, 0] / np.maximum(observation.demand_mean[:, 0], MIN_DEMAND)
     fewest = spec.headroom_reference * np.maximum(headroom, np.where(surging, now, 0.0))
@@ -46,7 +46,7 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     lowest, highest = allocate_each(observation.demand_mean, band, spot_share, fleet)
     in_force = observation.snapshot.replicas_target
     return Target(
-        replicas=between(np.where(np.isnan(in_force), lowest, in_force), lowest, highest).astype(np.int64),
+        replicas=clip(np.where(np.isnan(in_force), lowest, in_force), lowest, highest).astype(np.int64),
         batch_cap=_batch_cap(observation.batch_limit.T * cap_factor, fleet),
     )
 
@@ -58,7 +58,7 @@ def reference_batch_cap(observation: Observation, fleet: Fleet) -> npt.NDArray[n
 
 def _batch_cap(wish: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
     """Whole caps (n, P) from a wish (P, n)."""
-    return between(np.rint(wish), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs.T).astype(np.int64).T
+    return clip(np.rint(wish), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs.T).astype(np.int64).T
 
 
 def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
@@ -98,7 +98,7 @@ def allocate_each(demand: Floats, headrooms: Floats, spot_share: Floats, fleet: 
     # Work that rounds to nothing still needs someone to do it.
     idle = ~np.logical_or.reduce([replicas[..., pool] > 0 for pool in range(fleet.pools)])
     if idle.any():
-        levels, rows = np.nonzero(idle & (most(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
+        levels, rows = np.nonzero(idle & (max_pools(np.where(fleet.exists, demand, 0.0)) > MIN_DEMAND))
         replicas[levels, rows, order[0, rows]] = np.minimum(1, fleet.max_replicas[rows, order[0, rows]])
     settled: npt.NDArray[np.int64] = np.minimum(replicas, fleet.max_replicas)
     return settled
@@ -126,7 +126,7 @@ def _fill(whole: Floats, room: Floats, share: Floats) -> tuple[Floats, Floats]:
     replicas = []
     left = share
     for needed, free, sliver in zip(whole, room, slivers, strict=True):
-        added = between(np.ceil(left * needed - SLIVER), 0.0, free)
+        added = clip(np.ceil(left * needed - SLIVER), 0.0, free)
         left = left - (added + sliver) / needed
         replicas.append(added)
     return np.array(replicas), np.maximum(left, 0.0)

@@ -16,19 +16,19 @@ from policies.contract import Bools, Floats
 Array = npt.NDArray[Any]
 
 
-def known(values: Array, default: float = 0.0) -> Floats:
+def nan_to_num(values: Array, default: float = 0.0) -> Floats:
     """`values` with NaN replaced by `default`."""
     filled: Floats = np.where(np.isnan(values), default, values)
     return filled
 
 
-def measured(values: Array) -> Floats:
-    """Measurements, none of which can be negative, with NaN replaced by 0: `known` at a third of its price."""
+def nan_to_zero(values: Array) -> Floats:
+    """Measurements, none of which can be negative, with NaN replaced by 0: `nan_to_num` at a third of its price."""
     filled: Floats = np.fmax(values, 0.0)
     return filled
 
 
-def total(values: Array) -> Array:
+def sum_pools(values: Array) -> Array:
     """Sum (n,) over the pools of (n, P)."""
     result = values[:, 0]
     for pool in range(1, values.shape[1]):
@@ -44,7 +44,7 @@ def any_pool(values: Array) -> Bools:
     return result
 
 
-def least(values: Array) -> Array:
+def min_pools(values: Array) -> Array:
     """Minimum (n,) over the pools of (n, P)."""
     result = values[:, 0]
     for pool in range(1, values.shape[1]):
@@ -52,7 +52,7 @@ def least(values: Array) -> Array:
     return result
 
 
-def most(values: Array) -> Array:
+def max_pools(values: Array) -> Array:
     """Maximum (n,) over the pools of (n, P)."""
     result = values[:, 0]
     for pool in range(1, values.shape[1]):
@@ -60,7 +60,7 @@ def most(values: Array) -> Array:
     return result
 
 
-def between(values: Array, low: Any, high: Any) -> Array:
+def clip(values: Array, low: Any, high: Any) -> Array:
     """`values` within bounds: `np.clip` without its wrappers, which cost more than the work itself."""
     result: Array = np.minimum(np.maximum(values, low), high)
     return result

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, least, total
+from policies.columns import any_pool, min_pools, sum_pools
 from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
@@ -126,7 +126,7 @@ class Decider:
         settled, reasons = self.settle(proposed, observation)
         differs = (settled.replicas != replicas) | (settled.batch_cap != batch_cap)
         moved = any_pool(differs & self.fleet.exists)
-        known = least(replicas) >= 0
+        known = min_pools(replicas) >= 0
         still = np.where(observation.blind, Outcome.HELD, Outcome.UNCHANGED)
         outcome = np.where(known & moved, Outcome.SCALED, still)
         return Decision(snapshot, proposed, settled, reasons, outcome, policy.name)
@@ -134,11 +134,11 @@ class Decider:
     def _put_in_force(self, settled: Target, time_s: Floats) -> None:
         """Remember a target after `_before`."""
         before, _, changed_s = self._before
-        moved = total(settled.replicas) != total(before)
+        moved = sum_pools(settled.replicas) != sum_pools(before)
         # Copies: a later reset must not reach into decisions already made.
         replicas = settled.replicas.copy(order="F")
         if self._strangers:  # what is unknown stays so
-            unknown = least(before) < 0
+            unknown = min_pools(before) < 0
             moved &= ~unknown
             replicas[unknown] = -1
         self._changed_s = np.where(moved, time_s, changed_s)
@@ -166,7 +166,7 @@ class Decider:
             return
         running = snapshot.replicas_ready + snapshot.replicas_starting
         target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
-        new = (least(self._replicas) < 0) & ~any_pool(np.isnan(target))
+        new = (min_pools(self._replicas) < 0) & ~any_pool(np.isnan(target))
         cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
         self._replicas[new] = target[new].astype(np.int64)
         self._batch_cap[new] = cap[new].astype(np.int64)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.columns import between, measured, total
+from policies.columns import clip, nan_to_zero, sum_pools
 from policies.contract import Floats, Ints, Snapshot
 from policies.fleet import Fleet
 
@@ -68,7 +68,7 @@ class RequestMix:
     def uncached(self) -> Floats:
         """(n,) share of prompt tokens that is computed, 0.02..1; 1 until a request has finished."""
         computed, completed = self._sums[3:5]
-        return between((computed + NEXT_TO_NOTHING) / (completed + NEXT_TO_NOTHING), 0.02, 1.0)
+        return clip((computed + NEXT_TO_NOTHING) / (completed + NEXT_TO_NOTHING), 0.02, 1.0)
 
     def context(self, otherwise: Floats) -> Floats:
         """(n,) mean context of a running request, tokens; `otherwise` (n,) until enough has been measured."""
@@ -82,7 +82,7 @@ class RequestMix:
 
     def update(self, snapshot: Snapshot, fleet: Fleet) -> None:
         """Fold in one window; what was not measured in it changes nothing."""
-        window_s = measured(snapshot.window_s)
+        window_s = nan_to_zero(snapshot.window_s)
         count = snapshot.finished_rps * window_s
         prompts, outputs = count * snapshot.prompt_tokens_mean, count * snapshot.output_tokens_mean
         seen = prompts + outputs > 0  # False where either is missing
@@ -90,8 +90,8 @@ class RequestMix:
         # Computed and finished tokens are summed over the same windows: those in which both are known.
         both = (seen | (count == 0)) & ~np.isnan(snapshot.prefill_tps)
         cached = np.where(both, np.array([snapshot.prefill_tps * window_s, finished[1]]), 0.0)
-        kv_tokens = total(snapshot.kv_cache_usage * fleet.kv_capacity * snapshot.replicas_ready)
-        held = np.array([kv_tokens, total(snapshot.running)]) * window_s
+        kv_tokens = sum_pools(snapshot.kv_cache_usage * fleet.kv_capacity * snapshot.replicas_ready)
+        held = np.array([kv_tokens, sum_pools(snapshot.running)]) * window_s
         held = np.where(np.isnan(held[0] + held[1]), 0.0, held)
         self._sums *= np.exp(window_s * (-1.0 / self.MEMORY_S))
         self._sums += np.concatenate((finished, cached, held))
@@ -114,13 +114,13 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     prefills_per_token = np.where(generated_tps > 0, prefills_per_token, expected)
     per_sequence_s = np.maximum(read_s + prefill_s * prefills_per_token, 1e-9)
     batch_limit = np.minimum((fleet.tpot_slo_s - base_s) / per_sequence_s, fleet.kv_capacity.T / context)
-    batch_limit = between(batch_limit, 1.0, fleet.max_num_seqs.T)
+    batch_limit = clip(batch_limit, 1.0, fleet.max_num_seqs.T)
 
     token_s = base_s / batch_limit + read_s
-    waiting = measured(snapshot.queue_requests) + total(measured(snapshot.waiting))
+    waiting = nan_to_zero(snapshot.queue_requests) + sum_pools(nan_to_zero(snapshot.waiting))
     request_s = token_s * output + prefill_s * computed
     by_tokens = token_s * generated_tps + prefill_s * computed_tps + request_s * (waiting * (1.0 / BACKLOG_DRAIN_S))
-    in_system = waiting + total(measured(snapshot.running))
+    in_system = waiting + sum_pools(nan_to_zero(snapshot.running))
     by_occupancy = in_system / batch_limit + prefill_s * arrived_tps
     exists = fleet.exists.T
     return Demand(

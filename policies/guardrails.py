@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import any_pool, between, least, measured, total
+from policies.columns import any_pool, clip, min_pools, nan_to_zero, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
 from policies.spec import GuardrailSpec
@@ -60,7 +60,7 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
     if not situation.spec.backlog_boost:
         return target
     fleet = situation.fleet
-    fastest_start_s = least(np.where(fleet.exists, fleet.cold_start_s, np.inf))
+    fastest_start_s = min_pools(np.where(fleet.exists, fleet.cold_start_s, np.inf))
     patience_s = np.where(any_pool(situation.current > 0), fastest_start_s + fleet.ttft_slo_s, 0.5 * fleet.ttft_slo_s)
     late = situation.observation.snapshot.oldest_wait_s > patience_s
     (rows,) = late.nonzero()
@@ -80,17 +80,17 @@ def cover_backlog(target: Target, situation: Situation) -> Target:
 def _lifted(proposed: Ints, current: Ints, demand: Floats, limits: Limits) -> Ints:
     """Replicas (k, P) that cover the demand (k, P), and no less than in force or proposed."""
     # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
-    growth = 1.0 / between(total(current / demand), 1e-6, 1.0)
+    growth = 1.0 / clip(sum_pools(current / demand), 1e-6, 1.0)
     highest = np.maximum(limits.most, current)
     floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), highest).astype(np.int64)
     for pool in range(floor.shape[1]):
-        missing = np.ceil((1.0 - total(floor / demand)) * np.minimum(demand[:, pool], 1e9) - 1e-9)
-        floor[:, pool] += between(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
+        missing = np.ceil((1.0 - sum_pools(floor / demand)) * np.minimum(demand[:, pool], 1e9) - 1e-9)
+        floor[:, pool] += clip(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
     held = np.maximum(proposed, current)
     # A proposal counts for what the limits below will leave of it.
     reachable = limits.within_bounds(limits.within_step(held, current))
     reachable = limits.within_bounds(limits.within_budget(reachable, current))
-    short = total(reachable / demand) < 1.0
+    short = sum_pools(reachable / demand) < 1.0
     return np.where(short[:, np.newaxis], np.maximum(held, floor), held)
 
 
@@ -108,18 +108,18 @@ class Limits:
         spec = self.spec
         highest = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
         lowest = current - np.maximum(np.ceil(current * spec.max_scale_down_share), 1.0)
-        return between(replicas, lowest, highest).astype(np.int64)
+        return clip(replicas, lowest, highest).astype(np.int64)
 
     def within_bounds(self, replicas: Ints) -> Ints:
         """Between minimum and maximum."""
-        return between(replicas, self.least, self.most)
+        return clip(replicas, self.least, self.most)
 
     def within_budget(self, replicas: Ints, current: Ints) -> Ints:
         """First everything in force is kept, then pools grow in their order until the GPU budget is spent."""
         if self.spec.gpu_budget is None:
             return replicas
         kept = np.minimum(replicas, current)
-        free = self.spec.gpu_budget - total(kept * self.gpus)
+        free = self.spec.gpu_budget - sum_pools(kept * self.gpus)
         settled = kept.copy()
         for pool in range(settled.shape[1]):
             gpus = np.maximum(self.gpus[:, pool], 1.0)
@@ -139,7 +139,7 @@ def hold_down_while_burning(target: Target, situation: Situation) -> Target:
         return target
     snapshot, fleet = situation.observation.snapshot, situation.fleet
     attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
-    nobody_waits = snapshot.queue_requests + total(measured(snapshot.waiting)) <= 0
+    nobody_waits = snapshot.queue_requests + sum_pools(nan_to_zero(snapshot.waiting)) <= 0
     unknown = np.isnan(snapshot.ttft_attainment) & ~nobody_waits
     return _no_less(target, situation, (attained < fleet.attainment_target) | unknown)
 
@@ -148,7 +148,7 @@ def hold_down_while_starting(target: Target, situation: Situation) -> Target:
     """Replicas are on their way: judge them before any are given back."""
     if not situation.spec.hold_down_while_starting:
         return target
-    return _no_less(target, situation, total(situation.observation.snapshot.replicas_starting) > 0)
+    return _no_less(target, situation, sum_pools(situation.observation.snapshot.replicas_starting) > 0)
 
 
 def limit_step(target: Target, situation: Situation) -> Target:
@@ -170,7 +170,7 @@ def keep_bounds(target: Target, situation: Situation) -> Target:
     """Minimum and maximum replicas; batch caps between 1 and the engine's own limit."""
     return Target(
         replicas=situation.limits.within_bounds(target.replicas),
-        batch_cap=between(target.batch_cap, 1, situation.fleet.max_num_seqs).astype(np.int64),
+        batch_cap=clip(target.batch_cap, 1, situation.fleet.max_num_seqs).astype(np.int64),
     )
 
 

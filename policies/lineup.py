@@ -73,7 +73,7 @@ OWN = (ReactivePolicy.name, TokenDemandPolicy.name)
 ALL = (LearnedPolicy.name, *BASELINES)
 """What ``all`` stands for, together with the references."""
 REFERENCES = ("bound", "plan", "best-static")
-"""Rows of a table that no policy makes, see `training.oracle`."""
+"""Rows of a table that no policy makes, see `training.references.oracle`."""
 SELF = "+self"
 REGISTRY_PREFIX = "models:/"
 CONSTANT = StaticPolicy.name

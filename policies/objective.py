@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import least, total
+from policies.columns import min_pools, sum_pools
 from policies.contract import Floats
 from policies.fleet import Fleet
 from policies.spec import ObjectiveSpec
@@ -102,10 +102,10 @@ class Objective:
             interval_s: the control interval, the unit of the churn price.
             missed: (n,) misses to charge; the finished ones that were not good and the rejected ones when None.
         """
-        gpu_usd = total(self.pool_usd(usage))
+        gpu_usd = sum_pools(self.pool_usd(usage))
         if missed is None:
             missed = usage.finished - usage.good + usage.rejected
-        cheapest = least(np.where(self.fleet.exists, self.fleet.usd_per_replica_s, np.inf))
+        cheapest = min_pools(np.where(self.fleet.exists, self.fleet.usd_per_replica_s, np.inf))
         return Cost(
             gpu_usd=gpu_usd,
             overhead_usd=gpu_usd * self.spec.overhead_rate,

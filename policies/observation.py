@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, between, least, measured, most, total
+from policies.columns import any_pool, clip, max_pools, min_pools, nan_to_zero, sum_pools
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
 from policies.demand import Demand, RequestMix, estimate_demand
 from policies.fleet import Fleet
@@ -115,7 +115,7 @@ _DECAY_S = np.array([*MEMORIES_S, PEAK_MEMORY_S, SCALING_MEMORY_S])[:, np.newaxi
 
 
 def _log(ratio: npt.NDArray[Any]) -> Floats:
-    logs: Floats = np.log(between(ratio, LEAST_RATIO, GREATEST_RATIO))
+    logs: Floats = np.log(clip(ratio, LEAST_RATIO, GREATEST_RATIO))
     return logs
 
 
@@ -231,7 +231,7 @@ class ObservationBuilder:
 
     def _remember(self, snapshot: Snapshot, demand: Floats, blind: Bools) -> None:
         """Update the memories; `demand` (P, n) is in replicas."""
-        decay = np.exp(measured(snapshot.window_s) / -_DECAY_S)
+        decay = np.exp(nan_to_zero(snapshot.window_s) / -_DECAY_S)
         share = 1.0 - decay[: len(MEMORIES_S)]
         first, share_300 = demand[0], share[1]
         moved = self._means + share[:, np.newaxis] * (demand - self._means)
@@ -250,7 +250,7 @@ class ObservationBuilder:
         moved = self._recent_misses + share_300 * (np.fmax(missed[0], missed[1]) - self._recent_misses)
         self._recent_misses = np.where(np.isnan(moved), self._recent_misses, moved)
 
-        wanted = total(snapshot.replicas_target)
+        wanted = sum_pools(snapshot.replicas_target)
         change = wanted - self._last_target
         self._recent_scaling = np.where(np.array([change > 0, change < 0]), 1.0, self._recent_scaling * decay[4])
         self._last_target = np.where(np.isnan(wanted), self._last_target, wanted)
@@ -260,7 +260,7 @@ class ObservationBuilder:
         fleet = self.fleet
         tokens, occupancy, limit = estimates[:, 0]
         first = demand[0]
-        by_pool = measured(
+        by_pool = nan_to_zero(
             np.array(
                 [
                     snapshot.replicas_ready.T,
@@ -273,16 +273,18 @@ class ObservationBuilder:
             )
         )
         held = by_pool[0] + by_pool[1]  # (P, n) ready or on their way
-        ready, starting, draining, running, waiting, *boot = total(by_pool)
-        queue, oldest_wait_s, generation_tps, prefill_tps = measured(
+        ready, starting, draining, running, waiting, *boot = sum_pools(by_pool)
+        queue, oldest_wait_s, generation_tps, prefill_tps = nan_to_zero(
             np.array([snapshot.queue_requests, snapshot.oldest_wait_s, snapshot.generation_tps, snapshot.prefill_tps])
         )
         provisioned = ready + starting
         # Shares of the fleet; half a replica stands for none.
-        shares = np.array([ready, *boot, draining, total((held * fleet.is_spot.T).T)]) / np.maximum(provisioned, 0.5)
+        shares = np.array([ready, *boot, draining, sum_pools((held * fleet.is_spot.T).T)]) / np.maximum(
+            provisioned, 0.5
+        )
         # The same in replicas of the first pool, the unit of the demand.
         worth = np.maximum(first, 1e-6) / np.maximum(demand, 1e-6)
-        capacity = np.maximum(total((held * worth).T), 0.5)
+        capacity = np.maximum(sum_pools((held * worth).T), 0.5)
         mean_60, mean_300, mean_1800 = np.fmax(self._means[:, 0], 1e-3)
         cap = np.fmax(snapshot.batch_cap[:, 0], 1.0)
         servers = np.maximum(ready, 0.5)
@@ -299,7 +301,7 @@ class ObservationBuilder:
             "log_peak_over_mean_300s": np.maximum(self._peak, 1e-3) / mean_300,
             "demand_variation_300s": np.sqrt(self._variance) / mean_300,
             "log_provisioned": 0.5 * np.log1p(provisioned),
-            "provisioned_over_maximum": provisioned / np.maximum(total(fleet.max_replicas), 1),
+            "provisioned_over_maximum": provisioned / np.maximum(sum_pools(fleet.max_replicas), 1),
             "ready_over_provisioned": shares[0],
             "starting_soon_over_provisioned": shares[1],
             "starting_mid_over_provisioned": shares[2],
@@ -309,7 +311,7 @@ class ObservationBuilder:
             "queue_over_limit": np.log1p((queue + waiting) / (limit * servers)),
             "oldest_wait_over_ttft_slo": oldest_wait_s / fleet.ttft_slo_s,
             "occupancy_of_cap": running / np.maximum(cap * servers, 1.0),
-            "kv_cache_usage": most(measured(snapshot.kv_cache_usage)),
+            "kv_cache_usage": max_pools(nan_to_zero(snapshot.kv_cache_usage)),
             "batch_cap_over_limit": cap / limit,
             "limit_over_max_num_seqs": limit / fleet.max_num_seqs[:, 0],
             "ttft_miss_rate": self._miss_rate[0],
@@ -331,8 +333,8 @@ def _static_features(fleet: Fleet) -> Floats:
     """Rows of STATIC_FEATURES (k, n): what does not change within an episode."""
     on_demand, spot = fleet.exists & ~fleet.is_spot, fleet.exists & fleet.is_spot
     offered = any_pool(spot)
-    on_demand_price = least(np.where(on_demand, fleet.usd_per_replica_s, np.inf))
-    spot_price = least(np.where(spot, fleet.usd_per_replica_s, np.inf))
+    on_demand_price = min_pools(np.where(on_demand, fleet.usd_per_replica_s, np.inf))
+    spot_price = min_pools(np.where(spot, fleet.usd_per_replica_s, np.inf))
     both = offered & any_pool(on_demand)
     ratio = np.divide(spot_price, on_demand_price, out=np.ones(len(fleet)), where=both)
     return np.stack(

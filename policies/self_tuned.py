@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from policies.columns import any_pool, total
+from policies.columns import any_pool, sum_pools
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation, Policy, Snapshot, Target
 from policies.durable import Durable, State
 from policies.error_budget import ErrorBudget, Fading
@@ -78,7 +78,7 @@ class HeadroomDial(Durable):
         """Account for one window; the log of the headroom (n,). Windows without a measurement don't move it."""
         missed, allowed_rps, seconds, known = self._budget.account(snapshot)
         burn = self._misses.add(missed, seconds, known) / np.maximum(allowed_rps, 1e-12)
-        starting = total(np.nan_to_num(snapshot.replicas_starting)) > 0
+        starting = sum_pools(np.nan_to_num(snapshot.replicas_starting)) > 0
         full = ~any_pool(np.nan_to_num(snapshot.replicas_target) < self.fleet.max_replicas)
         self._full_s = np.where(full, self._full_s + seconds, 0.0)
         counted = np.minimum(burn, AIM + np.where(starting | full, PATIENCE, 1.0) * MOST_BURN)

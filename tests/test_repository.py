@@ -168,7 +168,7 @@ def test_jevons_commands_in_the_readme_exist() -> None:
     typer_main = importlib.import_module("typer.main")
     unknown = set()
     for words in named:
-        command = typer_main.get_command(importlib.import_module("training.cli").app)
+        command = typer_main.get_command(importlib.import_module("training.commands.main").app)
         for word in words:
             subcommands = getattr(command, "commands", None)
             if subcommands is None:  # the words that follow a leaf command are its arguments

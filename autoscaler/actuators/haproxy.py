@@ -2,7 +2,7 @@
 
 No reload and no dropped request: a lower cap waits for requests to finish, a drained server finishes what it has.
 HAProxy keeps what cannot be admitted in a queue in front of the replicas, so its wait is part of the time to first
-token (see `autoscaler.prometheus`).
+token (see `autoscaler.metrics.prometheus`).
 This module must not know about replica counts.
 """
 

@@ -49,7 +49,7 @@ class RayServeConfig(StrictModel):
     replicas: Literal["declared", "external", "none"] = Field(
         default="declared",
         description="Set num_replicas in the configuration; use the external scaler's endpoint, for applications with "
-        "external_scaler_enabled; or leave counts to Serve (with `autoscaler.ray_serve.policy`).",
+        "external_scaler_enabled; or leave counts to Serve (with `autoscaler.hosting.serve_policy.policy`).",
     )
     token_env: str = Field(default="RAY_AUTH_TOKEN", description="Environment variable that may hold a Ray token.")
     token_file: Path | None = Field(default=None, description="File that holds a Ray token.")
@@ -141,7 +141,7 @@ class RayServeActuator:
             state.batch_cap[at] = cap or np.nan
             scaler = found.get("deployment_config", {}).get("autoscaling_config") or {}
             function = str((scaler.get("policy") or {}).get("policy_function", ""))
-            if scaler and "autoscaler.ray_serve" not in function:
+            if scaler and "autoscaler.hosting.serve_policy" not in function:
                 owners[pool.row] = f"Ray Serve's autoscaling_config of {self._where(pool)}"
         return replace(state, owners=tuple(owners), problems=tuple(problems))
 

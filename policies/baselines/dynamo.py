@@ -20,7 +20,7 @@ import numpy as np
 
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy
-from policies.columns import total
+from policies.columns import sum_pools
 from policies.contract import Bools, Floats, Observation
 from policies.fleet import Fleet
 
@@ -60,10 +60,10 @@ class Replica:
 
     def __init__(self, service: Service, fleet: Fleet) -> None:
         ready = np.nan_to_num(service.snapshot.replicas_ready)
-        weight = np.where(total(ready)[:, np.newaxis] >= 0.5, ready, fleet.exists)
-        weight = weight / np.maximum(total(weight), 1e-9)[:, np.newaxis]
-        self.a, self.b, self.c, self.d = (total(weight * each) for each in (fleet.a, fleet.b, fleet.c, fleet.d))
-        self.max_num_seqs = total(weight * fleet.max_num_seqs)
+        weight = np.where(sum_pools(ready)[:, np.newaxis] >= 0.5, ready, fleet.exists)
+        weight = weight / np.maximum(sum_pools(weight), 1e-9)[:, np.newaxis]
+        self.a, self.b, self.c, self.d = (sum_pools(weight * each) for each in (fleet.a, fleet.b, fleet.c, fleet.d))
+        self.max_num_seqs = sum_pools(weight * fleet.max_num_seqs)
         self.kv_capacity = service.kv_capacity
 
     def itl_s(self, batch: Floats, context_tokens: Floats) -> Floats:

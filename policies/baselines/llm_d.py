@@ -18,7 +18,7 @@ from policies.baselines.horizontal_pod import Behavior, ScalingRules, tolerated
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy
 from policies.baselines.windows import SlidingWindow
-from policies.columns import total
+from policies.columns import sum_pools
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation
 from policies.fleet import Fleet
 from policies.latency import histogram_quantile
@@ -230,8 +230,8 @@ class LlmdTokensPolicy(SinglePoolPolicy):
         # Until a request has finished there is no length to multiply by.
         tokens = service.in_system * np.where(np.isnan(self._prompt), 0.0, self._prompt)
         rate = np.where(fleet.exists, 1.0 / np.maximum(fleet.b, 1e-9), 0.0)
-        pools = np.maximum(total(fleet.exists.astype(np.float64)), 1.0)
-        peak_tps = self.peak_factor * total(rate) / pools
+        pools = np.maximum(sum_pools(fleet.exists.astype(np.float64)), 1.0)
+        peak_tps = self.peak_factor * sum_pools(rate) / pools
         by_tokens = tokens / np.maximum(peak_tps, 1e-9) / self.work_s
         by_cache = service.kv_usage * service.ready / self.kv_target
         needed = np.maximum(by_tokens, by_cache)

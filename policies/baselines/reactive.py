@@ -17,7 +17,7 @@ from policies.action import allocate, reference_batch_cap
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow
-from policies.columns import known, total
+from policies.columns import nan_to_num, sum_pools
 from policies.contract import Bools, Observation, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
@@ -95,10 +95,10 @@ class ReactivePolicy(Durable):
         long = self._demand.mean(snapshot.time_s)
         recent = np.where(np.isnan(short), demand, short)
         wanted = np.fmax(np.fmax(recent, long), 0.0) * self.headroom
-        late = known(snapshot.oldest_wait_s) > self.backlog_wait * fleet.ttft_slo_s
+        late = nan_to_num(snapshot.oldest_wait_s) > self.backlog_wait * fleet.ttft_slo_s
         # In shares of the work, so that pools of unlike replicas add up: what is ready covers this much of the demand.
-        covered = total(
-            np.divide(known(snapshot.replicas_ready), wanted, out=np.zeros_like(wanted), where=wanted > 1e-6)
+        covered = sum_pools(
+            np.divide(nan_to_num(snapshot.replicas_ready), wanted, out=np.zeros_like(wanted), where=wanted > 1e-6)
         )
         lift = np.where(late, np.maximum(covered * (1.0 + self.backlog_boost), 1.0), 1.0)
         share = np.full(len(fleet), self.spot_share)

@@ -20,7 +20,7 @@ import numpy as np
 
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.windows import Tick
-from policies.columns import any_pool, known, total
+from policies.columns import any_pool, nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Snapshot, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
@@ -53,21 +53,21 @@ class Service:
     def of(cls, snapshot: Snapshot, fleet: Fleet, placed: Floats) -> Service:
         """The sums over the pools; `placed` (n, P) are the replicas asked for."""
         ready = snapshot.replicas_ready
-        weight = np.where(total(placed)[:, np.newaxis] >= 0.5, placed, fleet.exists)
-        weight = weight / np.maximum(total(weight), 1e-9)[:, np.newaxis]
-        serving = total(ready)
+        weight = np.where(sum_pools(placed)[:, np.newaxis] >= 0.5, placed, fleet.exists)
+        weight = weight / np.maximum(sum_pools(weight), 1e-9)[:, np.newaxis]
+        serving = sum_pools(ready)
         return cls(
             snapshot=snapshot,
             time_s=snapshot.time_s,
-            current=total(placed),
+            current=sum_pools(placed),
             ready=serving,
-            running=total(snapshot.running),
-            waiting=total(snapshot.waiting) + snapshot.queue_requests,
-            kv_usage=total(snapshot.kv_cache_usage * ready) / np.maximum(serving, 1.0),
-            slots=np.maximum(total(weight * fleet.max_num_seqs), 1.0),
-            kv_capacity=np.maximum(total(weight * fleet.kv_capacity), 1.0),
-            minimum=total(fleet.min_replicas).astype(np.float64),
-            maximum=total(fleet.max_replicas).astype(np.float64),
+            running=sum_pools(snapshot.running),
+            waiting=sum_pools(snapshot.waiting) + snapshot.queue_requests,
+            kv_usage=sum_pools(snapshot.kv_cache_usage * ready) / np.maximum(serving, 1.0),
+            slots=np.maximum(sum_pools(weight * fleet.max_num_seqs), 1.0),
+            kv_capacity=np.maximum(sum_pools(weight * fleet.kv_capacity), 1.0),
+            minimum=sum_pools(fleet.min_replicas).astype(np.float64),
+            maximum=sum_pools(fleet.max_replicas).astype(np.float64),
         )
 
 
@@ -120,9 +120,9 @@ def spread(count: Floats, fleet: Fleet, spot_share: float) -> Ints:
             pool = order[:, rank]
             cheap = spot[rows, pool]
             room = np.maximum(fleet.max_replicas[rows, pool] - placed[rows, pool], 0.0)
-            left = count - total(placed)
+            left = count - sum_pools(placed)
             if by_class:
-                have = total(np.where(spot == cheap[:, np.newaxis], placed, 0.0))
+                have = sum_pools(np.where(spot == cheap[:, np.newaxis], placed, 0.0))
                 left = np.minimum(left, np.where(cheap, count - on_demand, on_demand) - have)
             placed[rows, pool] += np.where(fleet.exists[rows, pool], np.clip(left, 0.0, room), 0.0)
     return placed.astype(np.int64)
@@ -174,7 +174,7 @@ class SinglePoolPolicy(Durable):
 
     def place(self, wish: Floats, service: Service) -> Floats:
         """A whole count (n,) on the pools (n, P)."""
-        return spread(known(wish), self.fleet, self.spot_share).astype(np.float64)
+        return spread(nan_to_num(wish), self.fleet, self.spot_share).astype(np.float64)
 
     def forget(self, rows: Bools) -> None:
         """Begin anew with the masked services."""

@@ -18,7 +18,7 @@ import numpy as np
 from policies.baselines.parameters import Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy, spread
 from policies.baselines.windows import SlidingWindow, Streak
-from policies.columns import any_pool, known, total
+from policies.columns import any_pool, nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Observation
 from policies.fleet import Fleet
 
@@ -91,9 +91,9 @@ class SkyServePolicy(SinglePoolPolicy):
         fleet = self.fleet
         spot = fleet.is_spot & fleet.exists
         both = any_pool(spot) & any_pool(~fleet.is_spot & fleet.exists)
-        wish = known(wish)
+        wish = nan_to_num(wish)
         on_demand = np.minimum(wish, float(self.base_ondemand))
-        ready_spot = total(np.where(spot, known(service.snapshot.replicas_ready), 0.0))
+        ready_spot = sum_pools(np.where(spot, nan_to_num(service.snapshot.replicas_ready), 0.0))
         fallback = np.maximum(wish - on_demand - ready_spot, 0.0)
         on_spot = np.where(spot, spread(wish - on_demand, fleet, 1.0), 0)
         elsewhere = np.where(spot, 0, spread(on_demand + fallback, fleet, 0.0))

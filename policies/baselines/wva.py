@@ -19,7 +19,7 @@ from policies.baselines.horizontal_pod import Behavior, ScalingRules
 from policies.baselines.parameters import Parameter
 from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow, Tick
-from policies.columns import total
+from policies.columns import sum_pools
 from policies.contract import Bools, Floats, Observation, Snapshot, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
@@ -68,7 +68,7 @@ class VariantPolicy(Durable):
         placed = self._placement.current(snapshot)
         time_s = snapshot.time_s
         ready = snapshot.replicas_ready
-        share = np.divide(ready, total(ready)[:, np.newaxis], out=np.zeros_like(ready), where=ready > 0)
+        share = np.divide(ready, sum_pools(ready)[:, np.newaxis], out=np.zeros_like(ready), where=ready > 0)
         queue = (snapshot.waiting + snapshot.queue_requests[:, np.newaxis] * share) / np.maximum(ready, 1.0)
         queue = np.where(fleet.exists, queue, 0.0)
         self._kv.add(time_s, snapshot.kv_cache_usage)
@@ -138,17 +138,17 @@ class WvaSaturationPolicy(VariantPolicy):
         """One step."""
         fleet, ready = self.fleet, snapshot.replicas_ready
         free = np.where((kv < self.kv_threshold) & (queue < self.queue_threshold), ready, 0.0)
-        count = total(free)
+        count = sum_pools(free)
         at_least = np.maximum(count, 1.0)
-        kv_spare = total(free * (self.kv_threshold - kv)) / at_least
-        queue_spare = total(free * (self.queue_threshold - queue)) / at_least
-        any_ready = total(ready) > 0
+        kv_spare = sum_pools(free * (self.kv_threshold - kv)) / at_least
+        queue_spare = sum_pools(free * (self.queue_threshold - queue)) / at_least
+        any_ready = sum_pools(ready) > 0
         up = any_ready & ((count == 0) | (kv_spare < self.kv_spare - 1e-9) | (queue_spare < self.queue_spare - 1e-9))
         fewer = np.maximum(count - 1.0, 1.0)
         down = (
             (count >= 2)
-            & (self.kv_threshold - total(free * kv) / fewer >= self.kv_spare - 1e-9)
-            & (self.queue_threshold - total(free * queue) / fewer >= self.queue_spare - 1e-9)
+            & (self.kv_threshold - sum_pools(free * kv) / fewer >= self.kv_spare - 1e-9)
+            & (self.queue_threshold - sum_pools(free * queue) / fewer >= self.queue_spare - 1e-9)
             & ~up
         )
         pending = placed > ready
@@ -237,10 +237,10 @@ class WvaTokensPolicy(VariantPolicy):
         )
         hit = np.clip(np.nan_to_num(hit), 0.0, 1.0)
         gateway = snapshot.queue_requests * (prompt * (1.0 - hit) + output)
-        demand = total(in_use * ready) + total(snapshot.waiting) * prompt + gateway
-        supply = total(placed * capacity)
+        demand = sum_pools(in_use * ready) + sum_pools(snapshot.waiting) * prompt + gateway
+        supply = sum_pools(placed * capacity)
         price = np.where(fleet.exists, fleet.usd_per_replica_s / np.maximum(capacity, 1e-9), np.inf)
-        idle = (snapshot.time_s - self._busy_s >= IDLE_S) & (total(placed) > 0)
+        idle = (snapshot.time_s - self._busy_s >= IDLE_S) & (sum_pools(placed) > 0)
         wish = _fill(placed, demand / self.scale_up_at - supply, capacity, price, fleet)
         wish = _drain(wish, supply - demand / self.scale_down_at, capacity, price, fleet)
         wish = np.where(idle[:, np.newaxis], fleet.min_replicas, wish)
@@ -285,7 +285,7 @@ def _drain(placed: Floats, spare: Floats, capacity: Floats, price: Floats, fleet
     order = np.argsort(np.where(fleet.exists, -price, np.inf), axis=1, kind="stable")
     for rank in range(fleet.pools):
         pool = order[:, rank]
-        room = np.minimum(wish[rows, pool] - fleet.min_replicas[rows, pool], total(wish) - 1.0)
+        room = np.minimum(wish[rows, pool] - fleet.min_replicas[rows, pool], sum_pools(wish) - 1.0)
         removed = np.clip(np.floor(left / capacity[rows, pool] + 1e-9), 0.0, np.maximum(room, 0.0))
         removed = np.where(fleet.exists[rows, pool], np.nan_to_num(removed), 0.0)
         wish[rows, pool] -= removed

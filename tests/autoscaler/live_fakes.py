@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from autoscaler.actuators.base import Access, FleetState, PartlyFailed
-from autoscaler.config import LiveConfig
-from autoscaler.service import LiveService
-from envs.cluster import SimulatedCluster
-from envs.traces import Trace
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.service import LiveService
+from envs.cluster.simulation import SimulatedCluster
+from envs.traffic.trace import Trace
 from policies.contract import LEAVE_ALONE, MetricsUnavailable, Snapshot, Target
 from policies.engine import ColdStart
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs

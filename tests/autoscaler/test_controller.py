@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from autoscaler.controller import Controller, nothing_known
-from envs.cluster import SimulatedCluster
+from envs.cluster.simulation import SimulatedCluster
 from envs.episodes import Episodes, EpisodeSpec
 from envs.randomization import ScenarioBank
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from policies.action import decode_action
 from policies.baselines.hpa import HpaPolicy
 from policies.baselines.token_demand import TokenDemandPolicy

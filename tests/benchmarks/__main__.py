@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from envs import cluster as cluster_module
 from envs.autoscaling_env import AutoscalingEnv
-from envs.cluster import SimulatedCluster
+from envs.cluster import simulation as cluster_module
+from envs.cluster.simulation import SimulatedCluster
+from envs.cluster.warm_up import warm_up
 from envs.episodes import EpisodeSpec
-from envs.kernel_cache import warm_up
 from envs.randomization import Randomization, ScenarioBank, draw_bank
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from envs.vector_env import AutoscalingVecEnv
 from policies.action import ACTIONS
 from policies.baselines.token_demand import TokenDemandPolicy

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from autoscaler.actuators.base import Access, FleetState
-from autoscaler.config import LiveConfig
-from autoscaler.controls import Mode
-from autoscaler.prometheus_api import PrometheusConfig
-from autoscaler.prometheus_queries import build_queries
-from autoscaler.service import LiveService
-from envs.cluster import SimulatedCluster
-from envs.traces import Trace
+from autoscaler.authority.controls import Mode
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.service import LiveService
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.metrics.queries import build_queries
+from envs.cluster.simulation import SimulatedCluster
+from envs.traffic.trace import Trace
 from policies.contract import Snapshot, Target, take_rows
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from autoscaler.actuators.base import FleetState, pools_of
-from autoscaler.prometheus import PrometheusSource
-from autoscaler.prometheus_api import PrometheusConfig
-from autoscaler.prometheus_queries import Query
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.metrics.prometheus import PrometheusSource
+from autoscaler.metrics.queries import Query
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 SERVICES = (1, 100, 1000)

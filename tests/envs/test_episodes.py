@@ -16,7 +16,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3_env
 from envs.autoscaling_env import AutoscalingEnv
 from envs.episodes import Episodes, EpisodeSpec, StepResult
 from envs.randomization import Randomization, ScenarioBank, draw_bank
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from policies.action import allocate, reference_batch_cap
 from policies.contract import Observation, Target
 from policies.decider import Decider

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from envs.randomization import Randomization, ScenarioBank, draw_bank, mean_demand
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from policies.engine import ConfigError, parse_model
 from policies.spec import (
     GuardrailSpec,

@@ -12,10 +12,10 @@ import numpy as np
 from live_fakes import LiveWorld
 
 from autoscaler.actuators.base import FleetState
-from autoscaler.config import LiveConfig
-from autoscaler.service import LiveService
-from envs.cluster import Reading
-from envs.traces import Trace
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.service import LiveService
+from envs.cluster.simulation import Reading
+from envs.traffic.trace import Trace
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Snapshot, Target
 from policies.spec import ScalingSpec
 

@@ -16,8 +16,8 @@ from kube_server import KubeApiServer
 from servers import Prometheus, free_port
 
 from autoscaler.actuators.kubernetes import DELETION_COST
-from autoscaler.emulated_engine import EmulatedEngine
-from autoscaler.emulated_server import EngineServer
+from autoscaler.emulation.engine import EmulatedEngine
+from autoscaler.emulation.server import EngineServer
 from policies.engine import EngineProfile
 
 LOOK_S = 0.3

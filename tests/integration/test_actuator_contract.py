@@ -15,9 +15,8 @@ from kube_objects import create_deployment, delete_config_maps, set_ready
 from kube_server import KubeApiServer
 from servers import HAProxy, wait_until
 
-from autoscaler.actuators import LiveActuator, PartlyFailed, build_actuator
-from autoscaler.actuators.base import pools_of
-from autoscaler.actuators.build import CompositeConfig
+from autoscaler.actuators.base import LiveActuator, PartlyFailed, pools_of
+from autoscaler.actuators.build import CompositeConfig, build_actuator
 from autoscaler.actuators.config_map import ConfigMapConfig
 from autoscaler.actuators.haproxy import HAProxyConfig
 from autoscaler.actuators.kube_api import KubeConnection

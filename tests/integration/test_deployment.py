@@ -13,7 +13,7 @@ from kube_server import KubeApiServer
 from servers import ROOT
 
 from autoscaler.actuators.kube_api import KubeApi
-from autoscaler.config import load_live_config
+from autoscaler.hosting.config import load_live_config
 
 DEPLOY = ROOT / "configs" / "deploy"
 ACCOUNT = "system:serviceaccount:default:jevons"

@@ -20,8 +20,8 @@ from servers import Guard, Prometheus
 
 from autoscaler.actuators.base import FleetState
 from autoscaler.check import check_metrics
-from autoscaler.prometheus import PrometheusSource
-from autoscaler.prometheus_api import PrometheusConfig
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.metrics.prometheus import PrometheusSource
 from policies.contract import MetricsUnavailable
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 

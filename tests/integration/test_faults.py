@@ -25,8 +25,8 @@ from kube_server import KubeApiServer
 from servers import Prometheus
 
 from autoscaler.clocks import SteadyWallClock
-from autoscaler.config import LiveConfig
-from autoscaler.service import LiveService
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.service import LiveService
 from policies.contract import Decision, Outcome, Reason
 from policies.lineup import SHIPPED_BUNDLE
 from policies.spec import find_engine

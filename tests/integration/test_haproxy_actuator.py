@@ -11,9 +11,9 @@ import pytest
 import requests
 from servers import Engine, HAProxy, wait_until
 
-from autoscaler import metric_presets as presets
 from autoscaler.actuators.base import pools_of
 from autoscaler.actuators.haproxy import HAProxyActuator, HAProxyConfig
+from autoscaler.metrics import presets
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 

@@ -24,7 +24,7 @@ from kube_objects import (
 from kube_server import KubeApiServer
 from servers import wait_until
 
-from autoscaler.actuators import PartlyFailed
+from autoscaler.actuators.base import PartlyFailed
 from autoscaler.actuators.kube_api import KubeConnection, KubeError
 from autoscaler.actuators.kubernetes import DELETION_COST, KubernetesActuator, KubernetesConfig, ScaleTarget
 from policies.contract import Target

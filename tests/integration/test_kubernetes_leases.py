@@ -11,9 +11,9 @@ from kube_objects import delete, kube_api
 from kube_server import KubeApiServer
 
 from autoscaler.actuators.kube_api import KubeConnection
-from autoscaler.controls import ANNOTATION
-from autoscaler.kubernetes_leases import KubernetesLeases
-from autoscaler.leases import NOT_HELD, LeaseSpec, LeasesUnavailable
+from autoscaler.authority.controls import ANNOTATION
+from autoscaler.authority.kubernetes_leases import KubernetesLeases
+from autoscaler.authority.leases import NOT_HELD, LeaseSpec, LeasesUnavailable
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
 

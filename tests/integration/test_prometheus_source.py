@@ -17,8 +17,8 @@ from servers import Prometheus, free_port, wait_until
 
 from autoscaler.actuators.base import Access, FleetState, pools_of
 from autoscaler.check import check_metrics
-from autoscaler.prometheus import PrometheusSource
-from autoscaler.prometheus_api import PrometheusConfig
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.metrics.prometheus import PrometheusSource
 from policies.contract import MetricsUnavailable
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 

@@ -19,13 +19,13 @@ import pytest
 import yaml
 from servers import wait_until
 
-from autoscaler.config import load_live_config
-from autoscaler.database import CONTROLLERS, DECISIONS, LEASES, Database
-from autoscaler.records import read_ticks
+from autoscaler.hosting.config import load_live_config
+from autoscaler.records.database import CONTROLLERS, DECISIONS, LEASES, Database
+from autoscaler.records.decisions import read_ticks
 from policies.spec import shipped_configs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(580)]
-JEVONS = (sys.executable, "-c", "from training.cli import app; app()")
+JEVONS = (sys.executable, "-c", "from training.commands.main import app; app()")
 START_S = 270.0
 
 

@@ -14,7 +14,7 @@ import requests
 from fault_proxy import FaultProxy
 from servers import wait_until
 
-from autoscaler.actuators import PartlyFailed
+from autoscaler.actuators.base import PartlyFailed
 from autoscaler.actuators.ray_serve import RayServeActuator, RayServeConfig
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
@@ -115,7 +115,7 @@ def test_the_policy_hook_follows_the_published_target(deploy: Callable[..., str]
         "max_replicas": 4,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
-        "policy": {"policy_function": "autoscaler.ray_serve:policy"},
+        "policy": {"policy_function": "autoscaler.hosting.serve_policy:policy"},
     }
     address = deploy(application("chat", {"autoscaling_config": scaling}))
     actuator = RayServeActuator(RayServeConfig(address=address, replicas="none"), [SPEC])

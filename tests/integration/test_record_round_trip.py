@@ -13,12 +13,12 @@ import pytest
 from conftest import start
 from servers import Engine, Prometheus
 
-from autoscaler.prometheus_api import PrometheusConfig
-from autoscaler.traffic_recording import record
-from envs.generator import GeneratorSpec, generate
-from envs.trace_summary import counts, dispersion
-from envs.traces import Trace
-from training.record import trace_from_recording
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.metrics.traffic_recording import record
+from envs.traffic.generator import GeneratorSpec, generate
+from envs.traffic.summary import counts, dispersion
+from envs.traffic.trace import Trace
+from training.replaying.recording import trace_from_recording
 
 DURATION_S = 60.0
 

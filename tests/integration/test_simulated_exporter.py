@@ -32,10 +32,10 @@ from live_fakes import live_config
 from servers import Prometheus
 from slow_engine import slow_engine
 
-from autoscaler.config import LiveConfig
-from autoscaler.counterfactuals import Counterfactuals
-from envs.cluster import Reading
-from envs.traces import Trace
+from autoscaler.hosting.config import LiveConfig
+from autoscaler.versions.counterfactuals import Counterfactuals
+from envs.cluster.simulation import Reading
+from envs.traffic.trace import Trace
 from policies.contract import Decision, Snapshot
 from policies.decider import Decider
 from policies.fleet import Fleet

@@ -1,8 +1,8 @@
 """Small scenarios that several test modules share."""
 
-from envs.traces import Trace
+from envs.traffic.trace import Trace
 from policies.spec import find_engine, shipped_configs
-from training.scenarios import Scenario, Suite
+from training.replaying.scenarios import Scenario, Suite
 
 ENGINE = find_engine("llama-3.1-8b-l40s", shipped_configs()).model_dump()
 START = {"node_s": 0, "image_s": 5, "weights_s": 10, "warmup_s": 15}

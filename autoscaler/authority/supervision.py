@@ -1,0 +1,237 @@
+"""Who may act on which service at a tick, and why not: leases, modes, the kill switch, other people's edits.
+
+A scale-down is looked at twice. Nothing here reads metrics or touches a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from autoscaler.actuators.base import FleetState
+from autoscaler.authority.controls import Mode
+from autoscaler.authority.heartbeat import Heartbeat
+from autoscaler.authority.leases import NOT_HELD
+from autoscaler.authority.revalidation import Revalidation, RevalidationSpec
+from autoscaler.versions.counterfactuals import Counterfactuals
+from autoscaler.versions.ladder import FallbackLadder, Rung
+from policies.columns import any_pool, min_pools
+from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Reason, Snapshot
+from policies.decider import Decider
+from policies.engine import NonNegative, Positive, StrictModel
+
+UNKNOWN = -1
+
+
+class SupervisionSpec(StrictModel):
+    """What must be so before a target is carried out."""
+
+    edit_hold_s: NonNegative = Field(
+        default=900.0, description="A manual edit is left alone for this long after the last one, seconds."
+    )
+    max_decision_age_s: Positive = Field(
+        default=30.0, description="A decision that is older than this when its turn comes is not carried out, seconds."
+    )
+    revalidation: RevalidationSpec = Field(default=RevalidationSpec(), description="The second look at a scale-down.")
+
+
+class Clocks(Protocol):
+    """The controller's clock."""
+
+    @property
+    def now_s(self) -> float:
+        """Seconds; Unix time that never jumps while the process lives."""
+        ...
+
+
+class LiveSupervisor:
+    """Marks the rows of a decision that must not be carried out.
+
+    Args:
+        services: names.
+        decider: the decision core.
+        heartbeat: leases, modes, the kill switch.
+        ladder: who proposed, for the record.
+        counterfactuals: what peers would have done.
+        world: what was in force at the last reading.
+        clock: time.
+        spec: holds and ages.
+        on_finish: told of every finished decision.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[str],
+        decider: Decider,
+        heartbeat: Heartbeat,
+        ladder: FallbackLadder,
+        counterfactuals: Counterfactuals,
+        world: Callable[[], FleetState],
+        clock: Clocks,
+        spec: SupervisionSpec,
+        on_finish: Callable[[Decision, dict[str, float]], None] = lambda decision, seconds: None,
+    ) -> None:
+        n, pools = decider.fleet.exists.shape
+        self.services = tuple(services)
+        self.spec = spec
+        self.revalidation = Revalidation(decider.fleet, spec.revalidation)
+        self._decider = decider
+        self._heartbeat = heartbeat
+        self._ladder = ladder
+        self._counterfactuals = counterfactuals
+        self._world = world
+        self._clock = clock
+        self._on_finish = on_finish
+        self.brought_back: Bools = np.zeros(n, bool)
+        """(n,) services whose memory is here; on the others this controller must not act yet."""
+        self._began_s = -np.inf
+        self._applied: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was last carried out
+        self._base: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was in force just before
+        self._edited_s: Floats = np.full(n, -np.inf)
+        self._edited_to: Ints = np.full((n, pools), UNKNOWN, np.int64)
+
+    # Supervisor
+
+    def begin(self, snapshot: Snapshot) -> Bools:
+        """Look for edits by others; the services on which this controller does not act."""
+        self._began_s = self._clock.now_s
+        self._find_edits()
+        return ~self._acting()
+
+    def judge(self, decision: Decision, observation: Observation) -> Decision:
+        """Held: not ours, killed, paused, edited by others, owned by another autoscaler, or looked at once more."""
+        modes = np.array([mode.value for mode in self._heartbeat.pulse.modes])
+        peers = self._counterfactuals.of(decision.settled, observation, self._decider)
+        reasons = decision.reasons | self._ladder.reasons
+        # The core names a rule only where it changed the wish; a held row must say why it is held in any case.
+        reasons = np.where(observation.blind, reasons | int(Reason.MISSING_METRICS), reasons)
+        held = (decision.outcome == Outcome.HELD) | (self._ladder.rung == Rung.HOLD)
+        for rows, reason in self._stops(modes):
+            reasons = np.where(rows, reasons | int(reason), reasons)
+            held = held | rows
+        advised = ~held & (modes == Mode.ADVISE)
+        settled = decision.settled
+        looked_at = ~held & ~advised
+        if looked_at.any():
+            current = self._decider.before()
+            settled, waiting = self.revalidation.judge(settled, current, looked_at, observation)
+            reasons = np.where(waiting, reasons | int(Reason.REVALIDATING), reasons)
+            same = ~any_pool(settled.replicas != current.replicas) & ~any_pool(settled.batch_cap != current.batch_cap)
+            held = held | (waiting & same)
+        outcome = np.where(held, Outcome.HELD, np.where(advised, Outcome.ADVISED, decision.outcome))
+        details: dict[str, npt.NDArray[Any]] = {
+            "mode": modes,
+            "token": np.where(self.leading(), self._heartbeat.pulse.tokens, NOT_HELD),
+            "rung": self._ladder.rung.copy(),
+            "distance": self._ladder.distance.copy(),
+            "in_force": self._decider.before().replicas.copy(),
+            "demand": observation.demand,
+            **peers,
+        }
+        return replace(decision, settled=settled, reasons=reasons, outcome=outcome, details=details)
+
+    def permitted(self, decision: Decision) -> Decision:
+        """Kill switch, leases and the decision's age, asked again at the last moment."""
+        late = self._clock.now_s - self._began_s > self.spec.max_decision_age_s
+        every = np.ones(len(self.services), bool)
+        stops = (
+            (self._killed(), Reason.KILL_SWITCH),
+            (~self.leading(), Reason.NOT_LEADER),
+            (every & late, Reason.OVERDUE),
+        )
+        outcome, reasons = decision.outcome, decision.reasons
+        for rows, reason in stops:
+            rows = rows & (outcome != Outcome.ADVISED)
+            reasons = np.where(rows, reasons | int(reason), reasons)
+            outcome = np.where(rows, Outcome.HELD, outcome)
+        return replace(decision, outcome=outcome, reasons=reasons)
+
+    def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
+        """Remember what was carried out."""
+        done = ((decision.outcome == Outcome.SCALED) | (decision.outcome == Outcome.UNCHANGED))[:, np.newaxis]
+        world = self._world().replicas_target
+        self._applied = np.where(done, decision.settled.replicas, self._applied)
+        self._base = np.where(done, np.where(np.isnan(world), UNKNOWN, world), self._base).astype(np.int64)
+        # After a failure nobody knows how far it came: no edit can be told from it.
+        failed = ((decision.reasons & int(Reason.ACTUATION_FAILED)) != 0)[:, np.newaxis]
+        self._applied = np.where(failed, UNKNOWN, self._applied)
+        self._on_finish(decision, seconds)
+
+    # Durable state
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What survives a restart: arrays with leading axis n."""
+        own = {"applied": self._applied, "base": self._base, "edited_s": self._edited_s, "edited_to": self._edited_to}
+        return {**own, **self.revalidation.state()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from what `state` returned."""
+        self._applied, self._base, self._edited_to = (
+            np.array(state[name], np.int64) for name in ("applied", "base", "edited_to")
+        )
+        self._edited_s = np.array(state["edited_s"], np.float64)
+        self.revalidation.restore(state)
+
+    def forget_applied(self, rows: Bools) -> None:
+        """Nobody knows whether the last targets of the masked services were carried out."""
+        self._applied = np.where(rows[:, np.newaxis], UNKNOWN, self._applied)
+
+    # Reasons to stop
+
+    def leading(self) -> Bools:
+        """(n,) services that are this controller's to act on."""
+        return self._heartbeat.leading() & self.brought_back
+
+    def _acting(self) -> Bools:
+        modes = np.array([mode == Mode.ACT for mode in self._heartbeat.pulse.modes])
+        acting = modes & self.leading() & ~self._killed() & ~self._edited() & ~self._owned()
+        return np.asarray(acting, bool)
+
+    def _stops(self, modes: npt.NDArray[Any]) -> list[tuple[Bools, Reason]]:
+        acting = modes == Mode.ACT
+        return [
+            (~self.leading(), Reason.NOT_LEADER),
+            (self._killed(), Reason.KILL_SWITCH),
+            (np.asarray(modes == Mode.PAUSED, bool), Reason.PAUSED),
+            (self._owned() & acting, Reason.OTHER_AUTOSCALER),
+            (self._edited() & acting, Reason.FOREIGN_EDIT),
+        ]
+
+    def _killed(self) -> Bools:
+        return np.array([bool(reason) for reason in self._heartbeat.killed()], bool)
+
+    def _owned(self) -> Bools:
+        return np.array([bool(owner) for owner in self._world().owners], bool)
+
+    def _edited(self) -> Bools:
+        """(n,) where somebody's edit is to be left alone: recent, and no order has been given since."""
+        ordered_s = np.asarray(self._heartbeat.pulse.ordered_s)
+        recent = self._clock.now_s - self._edited_s < self.spec.edit_hold_s
+        edited: Bools = recent & (ordered_s < self._edited_s)
+        return edited
+
+    def _find_edits(self) -> None:
+        """What is in force is neither what we last applied, nor what was there before, nor on the way between both."""
+        world = self._world().replicas_target
+        exists = self._decider.fleet.exists
+        known = ~any_pool(np.isnan(world) & exists)
+        ours = (
+            known
+            & (min_pools(np.where(exists, self._applied, 0)) >= 0)
+            & (min_pools(np.where(exists, self._base, 0)) >= 0)
+        )
+        outside = (world < np.minimum(self._applied, self._base)) | (world > np.maximum(self._applied, self._base))
+        found = ours & any_pool(outside & exists)
+        again = known & self._edited() & any_pool((world != self._edited_to) & exists)
+        new = found | again
+        self._edited_s = np.where(new, self._clock.now_s, self._edited_s)
+        self._edited_to = np.where(new[:, np.newaxis], np.nan_to_num(world, nan=UNKNOWN), self._edited_to).astype(
+            np.int64
+        )
+        # From here on the edit is what is there; while it is left alone nothing is applied.
+        self._applied = np.where(new[:, np.newaxis], UNKNOWN, self._applied)

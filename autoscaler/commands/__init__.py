@@ -1,0 +1,4 @@
+"""The live part of the command line.
+
+Heavy modules are imported inside the commands; nothing imports these but the root command.
+"""

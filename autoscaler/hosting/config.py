@@ -1,0 +1,172 @@
+"""The live configuration: one YAML file per controller.
+
+A file names services (scaling specs), where their metrics are, what carries targets out, which policy decides and what
+it may do. This module must not start anything.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from autoscaler.actuators.build import ActuatorConfig
+from autoscaler.authority.controls import Mode
+from autoscaler.authority.leases import LeaseSpec
+from autoscaler.authority.supervision import SupervisionSpec
+from autoscaler.hosting.exposition import ExpositionConfig
+from autoscaler.metrics.client import PrometheusConfig
+from autoscaler.records.decisions import RecordsConfig, database_file, expand_secrets
+from autoscaler.versions.follower import PolicyConfig
+from autoscaler.versions.ladder import LadderSpec
+from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml
+from policies.spec import ScalingSpec, load_spec, resolve_engines
+
+NAME = r"^[a-z0-9]([-a-z0-9]{0,60}[a-z0-9])?$"
+
+
+class RayConfig(StrictModel):
+    """The Ray cluster that hosts the controller."""
+
+    address: str | None = Field(
+        default=None, description="Cluster to join, such as auto or ray://HOST:10001; started on this host when unset."
+    )
+    namespace: str = Field(default="jevons", description="Namespace of the actors' names.")
+    dashboard_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port of the dashboard on loopback when the cluster is started here."
+    )
+    cpus_per_actor: Annotated[float, Field(ge=0, le=64)] = Field(
+        default=0.1, description="CPUs that Ray sets aside per shard."
+    )
+
+
+class StageLimits(StrictModel):
+    """How long each stage of a tick may take, seconds; what takes longer is left behind and the decision held."""
+
+    read_s: Positive = Field(default=8.0, description="Metrics and the state of the cluster.")
+    record_s: Positive = Field(default=5.0, description="The write before acting.")
+    act_s: Positive = Field(default=20.0, description="Carrying targets out.")
+    conclude_s: Positive = Field(default=5.0, description="The write after acting.")
+
+    def by_stage(self) -> dict[str, float]:
+        """Limits by the names that the controller uses."""
+        return {"read": self.read_s, "record": self.record_s, "act": self.act_s, "conclude": self.conclude_s}
+
+
+class LiveConfig(StrictModel):
+    """Everything that one live controller needs to know."""
+
+    name: Annotated[str, Field(pattern=NAME)] = Field(
+        default="jevons", description="Name of the controller: lower-case letters, digits and hyphens."
+    )
+    services: Annotated[tuple[ScalingSpec, ...], Field(min_length=1)] = Field(
+        description="Scaling specs: paths of YAML files, or their contents."
+    )
+    metrics: PrometheusConfig = Field(description="Where the measurements are.")
+    actuator: ActuatorConfig = Field(description="What carries targets out.")
+    mode: Mode = Field(
+        default=Mode.ADVISE, description="What the controller may do until `jevons mode` says otherwise."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="What proposes targets.")
+    fallback: str = Field(default="token-demand", description="Baseline below a learned policy, by reference.")
+    ladder: LadderSpec = Field(default=LadderSpec(), description="When a service falls to the baseline.")
+    counterfactuals: tuple[str, ...] = Field(
+        default=("token-demand", "hpa"), description="Policies whose targets are recorded beside, by reference."
+    )
+    supervision: SupervisionSpec = Field(default=SupervisionSpec(), description="What must be so before acting.")
+    kill_file: Path | None = Field(
+        default=Path("runs/live/STOP"), description="While this file exists nothing is carried out."
+    )
+    records: RecordsConfig = Field(default=RecordsConfig(), description="Where decisions are kept.")
+    lease: LeaseSpec = Field(default=LeaseSpec(), description="How controllers agree on who acts.")
+    exposition: ExpositionConfig = Field(default=ExpositionConfig(), description="The controller's own metrics.")
+    targets_file: Path | None = Field(
+        default=None, description="JSON file with the latest targets, for `autoscaler.hosting.serve_policy.policy`."
+    )
+    shards: int = Field(default=1, ge=1, le=256, description="Actors that share the services.")
+    ray: RayConfig = Field(default=RayConfig(), description="The Ray cluster that hosts the controller.")
+    limits: StageLimits = Field(default=StageLimits(), description="How long each stage of a tick may take.")
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> LiveConfig:
+        names = [spec.service for spec in self.services]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"services: {twice[0]!r} is there twice; every service needs its own name")
+        strangers = sorted(set(self.policy.first_prices) - set(names))
+        if strangers:
+            raise ValueError(f"policy.first_prices: there is no service {strangers[0]!r}")
+        first = self.services[0]
+        for spec in self.services[1:]:
+            if spec.interface != first.interface or spec.guardrails != first.guardrails:
+                raise ValueError(
+                    f"services: {spec.service!r} has another interface or other guardrails than {first.service!r}; "
+                    "put it into a file of its own"
+                )
+        return self
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two ticks."""
+        return self.services[0].interface.window.control_interval_s
+
+    @model_validator(mode="after")
+    def _a_shard_each(self) -> LiveConfig:
+        if self.shards > len(self.services):
+            raise ValueError(f"shards: {self.shards} actors for {len(self.services)} services; at most one each")
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the records with its secrets filled in.
+
+        Raises:
+            ConfigError: when a secret is not set.
+        """
+        try:
+            return expand_secrets(self.records.url, dict(os.environ))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def located(self, folder: Path) -> LiveConfig:
+        """The same with every path that the controller writes made absolute, relative to `folder`."""
+        file = database_file(self.records.url)
+        records = self.records
+        if file is not None and not file.is_absolute():
+            records = records.model_copy(update={"url": f"sqlite:///{(folder / file).resolve()}"})
+        policy = self.policy.model_copy(update={"cache": folder / self.policy.cache})
+        if policy.reference.endswith(".zip"):
+            policy = policy.model_copy(update={"reference": str((folder / policy.reference).resolve())})
+        paths = {
+            name: folder / path for name in ("kill_file", "targets_file") if (path := getattr(self, name)) is not None
+        }
+        return self.model_copy(update={"records": records, "policy": policy, **paths})
+
+    def shard(self, index: int) -> tuple[ScalingSpec, ...]:
+        """The services of one shard, in their order; every service belongs to exactly one."""
+        return self.services[index :: self.shards]
+
+
+def load_live_config(path: Path) -> LiveConfig:
+    """Read a live configuration; paths in it are relative to the file, except those that the controller writes.
+
+    Raises:
+        ConfigError: with the file, the field and what was expected.
+    """
+    data = read_yaml(path)
+    if isinstance(data, dict) and isinstance(data.get("services"), list):
+        data = {**data, "services": [_service(item, path, place) for place, item in enumerate(data["services"])]}
+    return parse_model(data, LiveConfig, str(path))
+
+
+def _service(item: object, path: Path, place: int) -> object:
+    if isinstance(item, str):
+        return load_spec(path.parent / item)
+    if isinstance(item, dict):
+        try:
+            return {**item, "pools": resolve_engines(item.get("pools"), path.parent)}
+        except ConfigError as error:
+            raise ConfigError(f"{path}: services.{place}: {error}") from None
+    return item

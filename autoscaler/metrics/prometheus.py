@@ -1,0 +1,350 @@
+"""Snapshots of all services from Prometheus, with one query per metric however many services there are.
+
+What is missing, stale, duplicated or not a number is NaN, never 0, so that the decision core holds instead of guessing.
+A wait in a gateway in front of the engines (a batch cap outside them moves their queue there) is part of the time to
+first token: it is taken off the objective before the engines' histogram is read.
+This module must not know what is decided from a snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from autoscaler.actuators.base import FleetState, pools_of
+from autoscaler.metrics import presets
+from autoscaler.metrics.boot_ledger import BootLedger
+from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.metrics.latency_histograms import counts_by_latency, read_buckets, share_within
+from autoscaler.metrics.queries import Query, build_queries, candidates_by_signal, per_pool
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
+from policies.engine import ConfigError
+from policies.spec import ScalingSpec
+
+WORKERS = 8
+"""Queries in flight at once."""
+
+
+class PrometheusSource:
+    """A `MetricsSource` of `n` services.
+
+    Args:
+        config: where the measurements are and what they are called.
+        specs: the services; their names are the label values unless `config.names` says otherwise.
+        state: what is in force, from the actuator; replica counts come from Prometheus where it is None or unknown.
+        clock: seconds since the epoch, for windows in which Prometheus says no time.
+
+    Raises:
+        ConfigError: when a service has several pools and there is no `pool_label`.
+    """
+
+    def __init__(
+        self,
+        config: PrometheusConfig,
+        specs: Sequence[ScalingSpec],
+        state: Callable[[], FleetState] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.specs = tuple(specs)
+        self.problems: tuple[str, ...] = ()
+        """What the last `read` could not have, in words."""
+        self.last_state: FleetState | None = None
+        """The actuator's state as of the last `read`."""
+        self._pools = pools_of(specs)
+        several = next((spec.service for spec in specs if len(spec.pools) > 1), None)
+        if several and config.pool_label is None:
+            raise ConfigError(f"metrics: service {several!r} has several pools, so pool_label must be set")
+        self._state = state
+        self._clock = clock
+        self._client = PrometheusClient(config)
+        self._executor = ThreadPoolExecutor(WORKERS, "prometheus")
+        self.queries = build_queries(config, specs)
+        self._rows = {
+            kind: {names.get(spec.service, spec.service): row for row, spec in enumerate(specs)}
+            for kind, names in (
+                ("engine", config.names),
+                ("gateway", config.gateway_names),
+                ("replicas", config.replicas_names),
+            )
+        }
+        self._columns: list[dict[str, int]] = [
+            {
+                **({"": 0} if len(spec.pools) == 1 else {}),
+                **{pool.label: place for place, pool in enumerate(spec.pools)},
+            }
+            for spec in specs
+        ]
+        self._slo_ttft = np.array([spec.slo.ttft_s for spec in specs])
+        self._slo_tpot = np.array([spec.slo.tpot_s for spec in specs])
+        self._boot = BootLedger(specs)
+        self._empty_s = np.full(len(specs), np.nan)  # when the queue was last seen empty
+        self._window_s = config.window_s or specs[0].interface.window.control_interval_s
+        self._twice = np.zeros(len(specs), bool)  # whether the last reading had too many series
+        self._ready_history: deque[tuple[float, Floats]] = deque()
+
+    def read(self) -> Snapshot:
+        """The latest window of every service; a gap is NaN.
+
+        Raises:
+            MetricsUnavailable: when no query was answered.
+        """
+        answers, problems = self._ask_all()
+        state = self._state() if self._state is not None else None
+        self.last_state = state
+        if state is not None:
+            problems += list(state.problems)
+        now_s = self._time(answers)
+        values = {query.signal: self._fill(query, answers.get(query.signal), problems) for query in self.queries}
+        snapshot = self._assemble(values, answers, state, now_s, problems)
+        self.problems = tuple(dict.fromkeys(problems))
+        return snapshot
+
+    def replica_loads(self) -> dict[str, float]:
+        """Running requests by replica, for removing the least loaded first; empty when unknown."""
+        names, _ = candidates_by_signal(self.config).get("running", ((), ""))
+        label = self.config.replica_label
+        try:
+            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, self._window_s))
+        except PrometheusQueryError:
+            return {}
+        return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
+
+    def close(self) -> None:
+        """Stop the query threads and drop connections."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _ask_all(self) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+        try:
+            self._client.log_in()
+        except ConfigError as error:
+            raise MetricsUnavailable(str(error)) from None
+        until_s = time.monotonic() + self.config.deadline_s
+        futures = {query.signal: self._executor.submit(self._client.ask, query.text, until_s) for query in self.queries}
+        answers, problems = {}, []
+        for signal, future in futures.items():
+            try:
+                answers[signal] = future.result(max(0.0, until_s - time.monotonic()) + self.config.timeout_s)
+            except (PrometheusQueryError, TimeoutError) as error:
+                problems.append(f"{signal}: {error or 'no answer in time'}")
+        if not answers:
+            raise MetricsUnavailable(f"{self.config.url}: {problems[0]}")
+        return answers, problems
+
+    def _time(self, answers: Mapping[str, list[dict[str, Any]]]) -> float:
+        """The server's clock where it says a time: ages are differences on that clock alone."""
+        return max((float(rows[0]["value"][0]) for rows in answers.values() if rows), default=self._clock())
+
+    def _fill(self, query: Query, rows: list[dict[str, Any]] | None, problems: list[str]) -> Floats:
+        """One signal as an array: (n, P) by pool, (n,) by service. Buckets are read elsewhere."""
+        n, pools = len(self.specs), max(len(spec.pools) for spec in self.specs)
+        values = np.full((n, pools), np.nan)
+        if rows is not None and not query.signal.endswith("_bucket"):
+            by_name = self._rows[query.kind]
+            for sample in rows:
+                metric = sample["metric"]
+                row = by_name.get(metric.get(query.label, ""))
+                if row is None:
+                    continue
+                column = self._columns[row].get(metric.get(query.pool_label, "")) if query.pool_label else 0
+                if column is None:
+                    continue
+                value = float(sample["value"][1])
+                if not np.isfinite(value):
+                    problems.append(f"{query.signal}: {self.specs[row].service} reports {sample['value'][1]}")
+                    value = np.nan
+                values[row, column] = value
+        return values if query.pool_label or per_pool(query.signal) else values[:, 0]
+
+    def _assemble(
+        self,
+        values: Mapping[str, Floats],
+        answers: Mapping[str, list[dict[str, Any]]],
+        state: FleetState | None,
+        now_s: float,
+        problems: list[str],
+    ) -> Snapshot:
+        n, width = len(self.specs), max(len(spec.pools) for spec in self.specs)
+        exists = np.zeros((n, width), bool)
+        for pool in self._pools:
+            exists[pool.row, pool.column] = True
+
+        def service(name: str) -> Floats:
+            return values.get(name, np.full(n, np.nan))
+
+        def pool_values(name: str) -> Floats:
+            return np.where(exists, values.get(name, np.full((n, width), np.nan)), 0.0)
+
+        target, ready, starting, draining = self._replicas(state, values, exists)
+        empty = (np.where(exists, ready + draining, 0.0) == 0).all(axis=1)
+        lost = self._lost(values, ready, draining, now_s, empty, problems)
+
+        def seen(array: Floats) -> Floats:
+            """Without what is lost; a service without replicas has nothing running, which is known."""
+            idle, gone = (empty, lost) if array.ndim == 1 else (empty[:, None], lost[:, None])
+            return np.where(idle & np.isnan(array), 0.0, np.where(gone, np.nan, array))
+
+        queue = np.zeros(n) if self.config.gateway == "none" else service("queue")
+        finished = seen(service("finished"))
+        running, waiting = seen(pool_values("running")), pool_values("waiting")
+        waiting = seen(waiting)
+        wait_s = self._gateway_wait(values)
+        ttft, ttft_bins, ttft_count = self._latency(
+            "ttft_bucket", answers, self._slo_ttft, wait_s, TTFT_EDGES_S, problems
+        )
+        tpot, tpot_bins, _ = self._latency("tpot_bucket", answers, self._slo_tpot, np.zeros(n), TPOT_EDGES_S, problems)
+        arrival = service("arrival")
+        if self.config.gateway == "none":
+            # Nothing counts arrivals in front of the engines: first tokens follow them, late by the engines' queue.
+            arrival = np.where(np.isnan(arrival), seen(ttft_count), arrival)
+        count = service("length_count")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            prompt_mean = np.where(count > 0, service("prompt_sum") / count, np.nan)
+            output_mean = np.where(count > 0, service("output_sum") / count, np.nan)
+        prompt, cached = service("prompt"), service("cached")
+        prefill = np.maximum(prompt - np.where(np.isnan(cached), 0.0, cached), 0.0)
+        backlog = queue + np.where(np.isnan(waiting), 0.0, waiting).sum(axis=1)
+        missing_pipeline = np.isnan(starting)
+        return Snapshot(
+            time_s=np.full(n, now_s),
+            window_s=np.full(n, self._window_s),
+            arrival_rps=arrival,
+            prompt_tps=np.where(lost, np.nan, arrival * prompt_mean),
+            prefill_tps=seen(prefill),
+            generation_tps=seen(service("generation")),
+            finished_rps=finished,
+            prompt_tokens_mean=np.where(lost, np.nan, prompt_mean),
+            output_tokens_mean=np.where(lost, np.nan, output_mean),
+            queue_requests=queue,
+            oldest_wait_s=self._oldest_wait(backlog, finished, now_s),
+            ttft_attainment=np.where(lost, np.nan, ttft),
+            tpot_attainment=np.where(lost, np.nan, tpot),
+            ttft_histogram_rps=np.where(lost[:, None], np.nan, ttft_bins),
+            tpot_histogram_rps=np.where(lost[:, None], np.nan, tpot_bins),
+            replicas_target=target,
+            replicas_starting=starting,
+            replicas_ready=ready,
+            replicas_draining=draining,
+            boot_pipeline=self._boot.bins(np.where(missing_pipeline, 0.0, starting), missing_pipeline, now_s),
+            running=running,
+            waiting=waiting,
+            kv_cache_usage=seen(pool_values("kv_cache_usage")),
+            batch_cap=self._caps(state, values, exists),
+        )
+
+    def _replicas(
+        self, state: FleetState | None, values: Mapping[str, Floats], exists: np.ndarray
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        """Target, ready, starting, draining (n, P): from the actuator, else from Prometheus, else unknown."""
+        blank = np.where(exists, np.nan, 0.0)
+        measured_target = np.where(exists, values.get("replicas_target", blank), 0.0)
+        measured_ready = np.where(exists, values.get("replicas_ready", blank), 0.0)
+        if state is None:
+            ready = measured_ready
+            target = measured_target
+            starting, draining = blank, np.zeros_like(blank)
+        else:
+            ready = np.where(np.isnan(state.replicas_ready), measured_ready, state.replicas_ready)
+            target = np.where(np.isnan(state.replicas_target), measured_target, state.replicas_target)
+            starting, draining = state.replicas_starting, np.nan_to_num(state.replicas_draining)
+        if state is None or not state.problems:
+            # An actuator that failed leaves counts unknown; one that does not count replicas leaves it to the metrics:
+            # what is scraped is ready, and what there is was asked for.
+            ready = np.where(np.isnan(ready), np.where(exists, values.get("seen", blank), 0.0), ready)
+            target = np.where(np.isnan(target), ready, target)
+        starting = np.where(np.isnan(starting), np.maximum(target - ready, 0.0), starting)
+        return target, ready, starting, draining
+
+    def _caps(self, state: FleetState | None, values: Mapping[str, Floats], exists: np.ndarray) -> Floats:
+        caps = np.where(exists, np.nan, 0.0) if state is None else state.batch_cap
+        if "batch_cap" in values:
+            caps = np.where(np.isnan(caps), values["batch_cap"][:, None], caps)
+        return np.where(exists, caps, 0.0)
+
+    def _lost(
+        self,
+        values: Mapping[str, Floats],
+        ready: Floats,
+        draining: Floats,
+        now_s: float,
+        empty: np.ndarray,
+        problems: list[str],
+    ) -> np.ndarray:
+        """(n,) True where a service's series are stale, cover too few of its replicas, or are there twice."""
+        n = len(self.specs)
+        newest = values["sample_time"] if "sample_time" in values else np.full(n, np.nan)
+        age_s = now_s - newest
+        stale = ~(age_s <= self.config.max_age_s) & ~empty & ~np.isnan(newest)
+        seen_count = values["seen"].sum(axis=1) if "seen" in values else np.full(n, np.nan)
+        ready_count, live = ready.sum(axis=1), (ready + draining).sum(axis=1)
+        self._ready_history.append((now_s, ready_count))
+        while len(self._ready_history) > 1 and self._ready_history[0][0] < now_s - self.config.discovery_s:
+            self._ready_history.popleft()
+        # A clock that went back leaves readings from the future behind.
+        expected = np.min([count for at_s, count in self._ready_history if at_s <= now_s], axis=0)
+        with np.errstate(invalid="ignore"):
+            partial = (seen_count < self.config.min_coverage * expected) & (expected >= 1)
+            many = (seen_count >= 2 * live) & (live >= 1) & (self._state is not None)
+        # A replica that was just replaced is seen beside its successor for one window.
+        twice, self._twice = many & self._twice, many
+        for row in np.flatnonzero(stale | partial | twice):
+            name = self.specs[row].service
+            if stale[row]:
+                problems.append(f"{name}: the newest sample is {age_s[row]:.0f} s old")
+            elif partial[row]:
+                problems.append(f"{name}: {seen_count[row]:.0f} of {expected[row]:.0f} replicas are scraped")
+            else:
+                problems.append(f"{name}: {seen_count[row]:.0f} series for {live[row]:.0f} replicas: scraped twice?")
+        return np.asarray(stale | partial | twice)
+
+    def _gateway_wait(self, values: Mapping[str, Floats]) -> Floats:
+        """(n,) seconds that requests wait before the engine's own clock starts."""
+        gateway = presets.GATEWAYS.get(self.config.gateway)
+        if gateway is None or gateway.measures_ttft or "queue_wait" not in values:
+            return np.zeros(len(self.specs))
+        return values["queue_wait"]
+
+    def _latency(
+        self,
+        signal: str,
+        answers: Mapping[str, list[dict[str, Any]]],
+        slo_s: Floats,
+        wait_s: Floats,
+        edges_s: Sequence[float],
+        problems: list[str],
+    ) -> tuple[Floats, Floats, Floats]:
+        """(n,) share within the objective, (n, edges + 1) events per second by latency, (n,) events per second."""
+        n = len(self.specs)
+        query = next((one for one in self.queries if one.signal == signal), None)
+        rows = answers.get(signal, [])
+        buckets = read_buckets(rows if query else [], query.label if query else "", self._row_of(query), n)
+        share, untold = share_within(buckets, slo_s, wait_s)
+        problems += [
+            f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge" for row in np.flatnonzero(untold)
+        ]
+        histograms = counts_by_latency(buckets, edges_s, wait_s) if self.config.histograms else np.full((n, 0), np.nan)
+        return share, histograms, buckets.total
+
+    def _row_of(self, query: Query | None) -> Mapping[str, int]:
+        return self._rows[query.kind] if query else {}
+
+    def _oldest_wait(self, backlog: Floats, finished: Floats, now_s: float) -> Floats:
+        """(n,) estimated age of the oldest unserved request: nothing exports it.
+
+        By Little's law the last of `backlog` requests waits backlog over rate; and none waits longer than there has
+        been a queue.
+        """
+        known = ~np.isnan(backlog)
+        empty = known & (backlog <= 0)
+        self._empty_s = np.where(empty | np.isnan(self._empty_s) | (self._empty_s > now_s), now_s, self._empty_s)
+        window_s = self.specs[0].interface.window.control_interval_s
+        queued_for_s = now_s - self._empty_s + window_s
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by_rate = np.where(finished > 0, backlog / finished, np.inf)
+        return np.where(empty, 0.0, np.where(known, np.minimum(by_rate, queued_for_s), np.nan))

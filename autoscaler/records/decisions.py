@@ -1,0 +1,336 @@
+"""Decisions in the database: written before they are carried out, concluded after, and dropped when they are old.
+
+A tick is one row of arrays; each of its decisions also is a narrow row of its own, for queries. The state that a
+restarted controller needs is written in the same transaction as the decisions.
+This module must not know how decisions are made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+from pydantic import Field
+
+from autoscaler.controller import RecordsUnavailable
+from autoscaler.records.database import DECISIONS, LEASES, STATES, TICKS, Arrays, Database, pack, pack_names, unpack
+from autoscaler.records.database import unpack_names as unpacked_names
+from policies.contract import Bools, Decision, Outcome, Snapshot, Target
+from policies.engine import Positive, StrictModel
+
+PENDING = "pending"
+"""Outcome of a decision that was recorded and not concluded."""
+RETENTION_PERIOD_S = 600.0
+ROWS_PER_STATEMENT = 1000
+
+
+class RecordsConfig(StrictModel):
+    """Where decisions are kept, and for how long."""
+
+    url: str = Field(
+        default="sqlite:///runs/live/jevons.db", description="SQLAlchemy URL. Secrets: ${NAME} is the environment's."
+    )
+    keep_days: Positive = Field(default=30.0, description="Decisions older than this are dropped, days.")
+
+
+@dataclass(frozen=True, eq=False)
+class Tick:
+    """A recorded tick.
+
+    Attributes:
+        id: of the row.
+        time_s: Unix time of its decisions.
+        policy: name and version of the policy that acted.
+        services: names, in the order of the rows of every array.
+        arrays: by name: `snapshot/...`, `proposed/...`, `settled/...`, `reasons`, `outcome` and the details.
+        seconds: what each stage took.
+        concluded: whether it is known what became of it.
+    """
+
+    id: int
+    time_s: float
+    policy: str
+    services: tuple[str, ...]
+    arrays: dict[str, npt.NDArray[Any]]
+    seconds: dict[str, float]
+    concluded: bool
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What was seen."""
+        return Snapshot(**{item.name: self.arrays[f"snapshot/{item.name}"] for item in fields(Snapshot)})
+
+    def target(self, name: str) -> Target:
+        """`proposed` or `settled`."""
+        return Target(self.arrays[f"{name}/replicas"], self.arrays[f"{name}/batch_cap"])
+
+
+class Records:
+    """Writes the decisions of one controller and reads anybody's; satisfies the controller's `Recorder`.
+
+    Args:
+        database: where they are.
+        controller: name of this controller.
+        services: names, in the order of the rows.
+        memory: what to keep for a restart, arrays with leading axis n; called at every record.
+        version: version of the acting policy.
+        keep_days: age at which decisions are dropped.
+        fenced: whether the leases are in the same database, so that an older token is refused.
+        seconds: what the stages of the present tick took so far.
+        now: Unix time.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        controller: str,
+        services: Sequence[str],
+        memory: Callable[[], Arrays],
+        version: Callable[[], str],
+        keep_days: float,
+        fenced: bool,
+        seconds: Callable[[], dict[str, float]],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.controller = controller
+        self.services = tuple(services)
+        self._database = database
+        self._memory = memory
+        self._version = version
+        self._keep_s = keep_days * 86400.0
+        self._fenced = fenced
+        self._now = now
+        self._tick: int | None = None
+        self._rows = np.zeros(0, np.int64)
+        self._next_sweep_s = -np.inf
+        self._seconds = seconds
+
+    def record(self, decision: Decision) -> None:
+        """One transaction: the tick, its decisions, and the state after them. Services of others are left out."""
+        rows = self._own(decision)
+        self._tick, self._rows = None, np.flatnonzero(rows)
+        if not len(self._rows):
+            return
+        with self._database.begin() as connection:
+            self._write_state(connection, rows)  # a write first, so that the transaction begins with the lock
+            self._check_tokens(connection, decision)
+            self._tick = self._write_tick(connection, decision)
+            connection.execute(DECISIONS.insert(), self._brief(decision, pending=True))
+            if self._now() >= self._next_sweep_s:
+                self._sweep(connection)
+
+    def conclude(self, decision: Decision) -> None:
+        """What became of it."""
+        if self._tick is None:
+            return
+        with self._database.begin() as connection:
+            values = {"concluded": True, "seconds": self._seconds()}
+            connection.execute(TICKS.update().where(TICKS.c.id == self._tick).values(**values))
+            alike: dict[tuple[str, int], list[int]] = {}
+            for row in self._brief(decision, pending=False):
+                alike.setdefault((row["outcome"], row["reasons"]), []).append(row["row"])
+            for (outcome, reasons), places in alike.items():  # few statements, however many services
+                for first in range(0, len(places), ROWS_PER_STATEMENT):
+                    mine = DECISIONS.c.row.in_(places[first : first + ROWS_PER_STATEMENT])
+                    change = DECISIONS.update().where(DECISIONS.c.tick == self._tick, mine)
+                    connection.execute(change.values(outcome=outcome, reasons=reasons))
+            self._write_state(connection, self._own(decision))
+
+    def _own(self, decision: Decision) -> Bools:
+        tokens = decision.details.get("token")
+        return np.ones(len(self.services), bool) if tokens is None else np.asarray(tokens >= 0, bool)
+
+    def _check_tokens(self, connection: sa.Connection, decision: Decision) -> None:
+        """Refuse to write beside a newer holder of a lease."""
+        if not self._fenced:
+            return
+        tokens = decision.details["token"]
+        wanted = {self.services[row]: int(tokens[row]) for row in self._rows}
+        found = connection.execute(
+            sa.select(LEASES.c.service, LEASES.c.token).where(LEASES.c.service.in_(list(wanted)))
+        ).all()
+        newer = [row.service for row in found if row.token > wanted[row.service]]
+        if newer:
+            raise RecordsUnavailable(f"another controller has taken over {newer[0]}: its token is newer")
+
+    def _write_state(self, connection: sa.Connection, rows: Bools) -> None:
+        own = np.flatnonzero(rows)
+        if not len(own):
+            return
+        memory = {name: array[own] for name, array in self._memory().items()}
+        values = {
+            "version": 1,
+            "time_s": self._now(),
+            "services": pack_names(tuple(self.services[row] for row in own)),
+            "arrays": pack(memory, level=0),  # overwritten at every tick: time counts, space does not
+        }
+        mine = STATES.c.controller == self.controller
+        if connection.execute(STATES.update().where(mine).values(**values)).rowcount == 0:
+            connection.execute(STATES.insert().values(controller=self.controller, **values))
+
+    def _write_tick(self, connection: sa.Connection, decision: Decision) -> int:
+        arrays = {name: array[self._rows] for name, array in arrays_of(decision).items()}
+        inserted = connection.execute(
+            TICKS.insert().values(
+                controller=self.controller,
+                time_s=self._now(),
+                policy=f"{decision.policy} {self._version()}"[:200],
+                concluded=False,
+                services=pack_names(tuple(self.services[row] for row in self._rows)),
+                arrays=pack(arrays),
+                seconds={},
+            )
+        )
+        key = inserted.inserted_primary_key
+        assert key is not None
+        return int(key[0])
+
+    def _brief(self, decision: Decision, pending: bool) -> list[dict[str, Any]]:
+        rows, now_s = self._rows, self._now()
+        modes = decision.details["mode"][rows].tolist()
+        before = decision.details["in_force"][rows].sum(axis=1).tolist()
+        known = (decision.details["in_force"][rows].min(axis=1) >= 0).tolist()
+        after = decision.settled.replicas[rows].sum(axis=1).tolist()
+        outcomes = [OUTCOMES[outcome] for outcome in decision.outcome[rows].tolist()]
+        reasons = decision.reasons[rows].tolist()
+        tokens = decision.details["token"][rows].tolist()
+        return [
+            {
+                "tick": self._tick,
+                "row": place,
+                "service": self.services[row],
+                "time_s": now_s,
+                "mode": modes[place],
+                "outcome": PENDING if pending and outcomes[place] in CARRIED_OUT else outcomes[place],
+                "reasons": reasons[place],
+                "replicas_before": before[place] if known[place] else None,
+                "replicas_after": after[place] if known[place] else None,
+                "token": tokens[place],
+            }
+            for place, row in enumerate(rows.tolist())
+        ]
+
+    def _sweep(self, connection: sa.Connection) -> None:
+        """Drop what is older than the retention; seldom, and in the transaction of a tick."""
+        oldest_s = self._now() - self._keep_s
+        last = connection.execute(sa.select(sa.func.max(TICKS.c.id)).where(TICKS.c.time_s < oldest_s)).scalar()
+        if last is not None:
+            connection.execute(DECISIONS.delete().where(DECISIONS.c.tick <= last))
+            connection.execute(TICKS.delete().where(TICKS.c.id <= last))
+        self._next_sweep_s = self._now() + RETENTION_PERIOD_S
+
+
+OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}
+CARRIED_OUT = {OUTCOMES[Outcome.SCALED], OUTCOMES[Outcome.UNCHANGED]}
+
+
+def arrays_of(decision: Decision) -> dict[str, npt.NDArray[Any]]:
+    """All of a decision as arrays with leading axis n."""
+    arrays = {f"snapshot/{item.name}": getattr(decision.snapshot, item.name) for item in fields(Snapshot)}
+    for name, target in (("proposed", decision.proposed), ("settled", decision.settled)):
+        arrays |= {f"{name}/replicas": target.replicas, f"{name}/batch_cap": target.batch_cap}
+    return {**arrays, "reasons": decision.reasons, "outcome": decision.outcome, **decision.details}
+
+
+def read_ticks(
+    database: Database,
+    service: str | None = None,
+    since_s: float = 0.0,
+    tick: int | None = None,
+    last: int | None = None,
+) -> list[Tick]:
+    """Recorded ticks, oldest first.
+
+    Args:
+        database: where they are.
+        service: only ticks in which it was decided.
+        since_s: Unix time from which on.
+        tick: only the one with this identifier.
+        last: only this many, the newest.
+
+    Raises:
+        RecordsUnavailable: when they cannot be read.
+    """
+    query = sa.select(TICKS).where(TICKS.c.time_s >= since_s).order_by(TICKS.c.id.desc())
+    if service is not None:
+        query = query.where(TICKS.c.id.in_(sa.select(DECISIONS.c.tick).where(DECISIONS.c.service == service)))
+    if tick is not None:
+        query = query.where(TICKS.c.id == tick)
+    if last is not None:
+        query = query.limit(last)
+    with database.begin() as connection:
+        rows = connection.execute(query).all()
+    return [
+        Tick(
+            id=row.id,
+            time_s=row.time_s,
+            policy=row.policy,
+            services=unpacked_names(row.services),
+            arrays=unpack(row.arrays),
+            seconds=dict(row.seconds or {}),
+            concluded=bool(row.concluded),
+        )
+        for row in reversed(rows)
+    ]
+
+
+def read_outcome(database: Database, tick: int, service: str) -> tuple[str, int]:
+    """Outcome and reasons of one decision as they are known by now.
+
+    Raises:
+        RecordsUnavailable: when they cannot be read.
+    """
+    with database.begin() as connection:
+        query = sa.select(DECISIONS.c.outcome, DECISIONS.c.reasons)
+        row = connection.execute(query.where(DECISIONS.c.tick == tick, DECISIONS.c.service == service)).one()
+    return str(row.outcome), int(row.reasons)
+
+
+def unconcluded(database: Database, services: Sequence[str]) -> set[str]:
+    """Services whose newest decision was recorded and not concluded: nobody knows whether it was carried out.
+
+    Raises:
+        RecordsUnavailable: when that cannot be read.
+    """
+    newest = (
+        sa.select(DECISIONS.c.service, sa.func.max(DECISIONS.c.tick).label("tick"))
+        .where(DECISIONS.c.service.in_(list(services)))
+        .group_by(DECISIONS.c.service)
+        .subquery()
+    )
+    query = sa.select(DECISIONS.c.service).join(
+        newest, sa.and_(DECISIONS.c.service == newest.c.service, DECISIONS.c.tick == newest.c.tick)
+    )
+    with database.begin() as connection:
+        return set(connection.execute(query.where(DECISIONS.c.outcome == PENDING)).scalars())
+
+
+def expand_secrets(url: str, environment: dict[str, str]) -> str:
+    """The URL with ${NAME} replaced by the environment's values.
+
+    >>> expand_secrets("postgresql://me:${PASSWORD}@db/jevons", {"PASSWORD": "secret"})
+    'postgresql://me:secret@db/jevons'
+
+    Raises:
+        ValueError: when a name is not set.
+    """
+    import re
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in environment:
+            raise ValueError(f"records.url names the environment variable {match[1]}, which is not set")
+        return environment[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, url)
+
+
+def database_file(url: str) -> Path | None:
+    """The file of an SQLite URL, None for another database."""
+    parsed = sa.make_url(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None

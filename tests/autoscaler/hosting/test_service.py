@@ -1,0 +1,380 @@
+"""A whole live service on a simulated cluster: what it may do, what stops it, and what a restart must not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from live_fakes import LiveWorld, burst, live_config, service_spec
+
+from autoscaler.authority.controls import Controls, Mode
+from autoscaler.controller import RecordsUnavailable
+from autoscaler.hosting.service import LiveService
+from autoscaler.records.decisions import read_ticks
+from policies.contract import Decision, Outcome, Reason, take_rows
+
+
+def outcomes(decisions: list[Decision | None], row: int = 0) -> list[tuple[str, list[str]]]:
+    return [
+        ("stands by", [])
+        if decision is None
+        else (Outcome(int(decision.outcome[row])).name.lower(), Reason(int(decision.reasons[row])).words())
+        for decision in decisions
+    ]
+
+
+def targets(decisions: list[Any], row: int = 0) -> list[int]:
+    return [int(decision.settled.replicas[row].sum()) for decision in decisions]
+
+
+@pytest.fixture
+def world() -> LiveWorld:
+    return LiveWorld([service_spec()], [burst()])
+
+
+def test_acting_follows_a_burst_up_and_down(world: LiveWorld, tmp_path: Path) -> None:
+    service = world.service(live_config(tmp_path))
+    decisions = world.run(service, 100)
+    in_force = [int(decision.snapshot.replicas_target[0, 0]) for decision in decisions if decision]
+    assert max(in_force) >= 6
+    assert in_force[-1] < max(in_force)
+    assert in_force[1:] == targets(decisions)[:-1]
+    service.close()
+
+
+def test_advising_changes_nothing_and_says_from_where_the_fleet_stands(world: LiveWorld, tmp_path: Path) -> None:
+    service = world.service(live_config(tmp_path, mode="advise"))
+    decisions = world.run(service, 60)
+    assert world.targets == []
+    assert {outcome for outcome, _ in outcomes(decisions)} == {"advised"}
+    assert {int(decision.snapshot.replicas_target[0, 0]) for decision in decisions} == {2}
+    # Every step is one that could be made from the two replicas that are there: at most to four times as many.
+    assert max(targets(decisions)) == 4 * 2
+    service.close()
+
+
+def test_advising_is_the_default(tmp_path: Path) -> None:
+    given = live_config(tmp_path).model_dump(exclude={"mode"})
+    assert type(live_config(tmp_path)).model_validate(given).mode == Mode.ADVISE
+
+
+def test_modes_are_per_service_and_orders_are_followed_at_the_next_beat(tmp_path: Path) -> None:
+    specs = [service_spec("a"), service_spec("b"), service_spec("c")]
+    world = LiveWorld(specs, [burst(seed=seed) for seed in range(3)])
+    service = world.service(live_config(tmp_path, *specs, mode="advise"))
+    Controls(service.database).set_mode(["b"], Mode.ACT)
+    Controls(service.database).set_mode(["c"], Mode.PAUSED)
+    service.heartbeat.beat()
+    decision = world.run(service, 48)[-1]
+    assert [Outcome(int(outcome)).name for outcome in decision.outcome] == ["ADVISED", "SCALED", "HELD"]
+    assert Reason(int(decision.reasons[2])).words()[-1] == "paused"
+    in_force = world.state().replicas_target[:, 0]
+    assert in_force[0] == 2
+    assert in_force[1] > 2
+    assert in_force[2] == 2
+    service.close()
+
+
+@pytest.mark.parametrize("way", ["file", "database"])
+def test_the_kill_switch_stops_everything_at_once(world: LiveWorld, tmp_path: Path, way: str) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 5)
+    before = len(world.targets)
+    if way == "file":
+        (tmp_path / "STOP").touch()
+    else:
+        Controls(service.database).kill()
+        service.heartbeat.beat()
+    stopped = world.run(service, 3)
+    assert [outcome for outcome, _ in outcomes(stopped)] == ["held"] * 3
+    assert all("kill_switch" in reasons for _, reasons in outcomes(stopped))
+    assert len(world.targets) == before
+    (tmp_path / "STOP").unlink(missing_ok=True)
+    Controls(service.database).revive()
+    service.heartbeat.beat()
+    world.run(service, 1)
+    assert len(world.targets) == before + 1
+    service.close()
+
+
+def test_the_kill_file_counts_between_the_decision_and_the_act(
+    world: LiveWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller that is stuck with a target in its hands must not carry it out when it comes loose."""
+    service = world.service(live_config(tmp_path))
+    world.run(service, 3)
+    record, before = service.records.record, len(world.targets)
+
+    def stuck(decision: Decision) -> None:
+        record(decision)
+        (tmp_path / "STOP").touch()
+
+    monkeypatch.setattr(service.records, "record", stuck)
+    decision = world.run(service, 1)[-1]
+    assert outcomes([decision])[0][0] == "held"
+    assert "kill_switch" in outcomes([decision])[0][1]
+    assert len(world.targets) == before
+    service.close()
+
+
+def test_a_decision_that_is_too_old_is_not_carried_out(
+    world: LiveWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 3)
+    before = len(world.targets)
+    record = service.records.record
+
+    def slow(decision: Decision) -> None:
+        record(decision)
+        world.wait_until(world.now_s + 40.0)
+
+    monkeypatch.setattr(service.records, "record", slow)
+    decision = world.run(service, 1)[-1]
+    assert "overdue" in outcomes([decision])[0][1]
+    assert len(world.targets) == before
+    service.close()
+
+
+def test_what_cannot_be_recorded_is_not_carried_out(
+    world: LiveWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 40)
+    before, record = len(world.targets), service.records.record
+
+    def full(decision: Decision) -> None:
+        raise RecordsUnavailable("disk full")
+
+    monkeypatch.setattr(service.records, "record", full)
+    lost = world.run(service, 3)
+    assert all(outcome == "held" and "not_recorded" in reasons for outcome, reasons in outcomes(lost))
+    assert len(world.targets) == before
+    monkeypatch.setattr(service.records, "record", record)
+    assert outcomes(world.run(service, 1))[0][0] in {"scaled", "unchanged"}
+    service.close()
+
+
+def test_blind_ticks_hold_and_the_first_sight_goes_on(world: LiveWorld, tmp_path: Path) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 44)
+    in_force = world.state().replicas_target[0, 0]
+    world.blind = True
+    assert [outcome for outcome, _ in outcomes(world.run(service, 5))] == ["held"] * 5
+    assert world.state().replicas_target[0, 0] == in_force
+    world.blind = False
+    assert outcomes(world.run(service, 1))[0][0] in {"scaled", "unchanged"}
+    service.close()
+
+
+def test_a_manual_edit_is_left_alone_for_a_while_and_then_taken_as_the_start(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst(peak_rps=4.0)])
+    config = live_config(tmp_path, supervision={"edit_hold_s": 120.0, "revalidation": {"wait_s": 0.0}})
+    service = world.service(config)
+    world.run(service, 10)
+    world.set([[9]])
+    held = world.run(service, 8)
+    assert [outcome for outcome, _ in outcomes(held)] == ["held"] * 8
+    assert all("foreign_edit" in reasons for _, reasons in outcomes(held))
+    assert world.state().replicas_target[0, 0] == 9
+    after = world.run(service, 8)
+    assert outcomes(after)[-1][0] in {"scaled", "unchanged"}
+    assert world.state().replicas_target[0, 0] < 9
+    service.close()
+
+
+def test_every_new_edit_starts_the_hold_anew_and_resume_ends_it(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst(peak_rps=4.0)])
+    service = world.service(live_config(tmp_path, supervision={"edit_hold_s": 120.0}))
+    world.run(service, 10)
+    for replicas in (9, 5, 7):
+        world.set([[replicas]])
+        assert all("foreign_edit" in reasons for _, reasons in outcomes(world.run(service, 6)))
+    orders = service.heartbeat.pulse
+    assert orders.ordered_s == (-np.inf,)
+    service.heartbeat._orders.ordered_s["chat"] = world.now_s
+    service.heartbeat.beat = lambda: service.heartbeat.pulse  # type: ignore[method-assign]
+    service.heartbeat.pulse = service.heartbeat._pulse(orders.tokens, orders.beat_s, "")
+    assert "foreign_edit" not in outcomes(world.run(service, 1))[0][1]
+    service.close()
+
+
+def test_another_autoscaler_on_the_same_target_is_never_fought(world: LiveWorld, tmp_path: Path) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 5)
+    world.owners = ("HorizontalPodAutoscaler chat",)
+    before = len(world.targets)
+    held = world.run(service, 5)
+    # The owner is read with the first of these ticks, and counts from it on.
+    assert all("other_autoscaler" in reasons for _, reasons in outcomes(held))
+    assert len(world.targets) == before
+    world.owners = ("",)
+    assert outcomes(world.run(service, 2))[-1][0] in {"scaled", "unchanged"}
+    service.close()
+
+
+def test_a_service_that_cannot_be_scaled_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    specs = [service_spec("a"), service_spec("b")]
+    world = LiveWorld(specs, [burst(), burst()])
+    world.refused = ("a",)
+    service = world.service(live_config(tmp_path, *specs))
+    decisions = world.run(service, 45)
+    assert all(outcome == "held" and "actuation_failed" in why for outcome, why in outcomes(decisions))
+    assert {outcome for outcome, _ in outcomes(decisions, row=1)} <= {"scaled", "unchanged"}
+    assert world.state().replicas_target[0, 0] == 2
+    assert world.state().replicas_target[1, 0] > 2
+    world.refused = ()
+    world.run(service, 2)
+    assert world.state().replicas_target[0, 0] > 2
+    service.close()
+
+
+def test_a_scale_down_is_looked_at_twice(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec(initial_replicas=6)], [burst(peak_rps=4.0)])
+    service = world.service(live_config(tmp_path, supervision={"revalidation": {"wait_s": 30.0}}))
+    decisions = world.run(service, 6)
+    waits = ["revalidating" in reasons for _, reasons in outcomes(decisions)]
+    first = waits.index(True)
+    assert waits[first : first + 2] == [True, True]
+    assert targets(decisions)[first : first + 2] == [6, 6]
+    assert targets(decisions)[first + 2] < 6
+    service.close()
+
+
+# Restarts
+
+
+PEERS = ("knative", "keda", "wva-v2", "autothrottle")
+
+
+@pytest.mark.parametrize("reference", ["learned", "llm-d-slo"])
+def test_a_restart_decides_as_if_nothing_had_happened(tmp_path: Path, reference: str) -> None:
+    """Decision for decision, with cooldowns, means, windows, error budget and second looks in the middle of things."""
+    changes: dict[str, Any] = {
+        "policy": {"reference": reference, "cache": tmp_path / "p"},
+        "counterfactuals": PEERS,
+        "supervision": {"revalidation": {"wait_s": 15.0}},
+    }
+    straight = LiveWorld([service_spec()], [burst()])
+    service = straight.service(live_config(tmp_path / "a", **changes))
+    expected = straight.run(service, 60)
+    service.close()
+    broken, found = LiveWorld([service_spec()], [burst()]), []
+    for ticks in (7, 36, 4, 13):
+        service = broken.service(live_config(tmp_path / "b", **changes))
+        found += broken.run(service, ticks)
+        broken.stopped = False
+        del service  # killed: nothing is handed back
+    assert targets(found) == targets(expected)
+    assert outcomes(found) == outcomes(expected)
+    assert [caps.settled.batch_cap.tolist() for caps in found] == [caps.settled.batch_cap.tolist() for caps in expected]
+    for peer in PEERS:
+        wishes = [
+            [one.details[f"peer {peer}/replicas"].tolist() for one in decisions] for decisions in (found, expected)
+        ]
+        assert wishes[0] == wishes[1], peer
+
+
+def test_services_find_the_windows_of_their_policies_in_another_order(tmp_path: Path) -> None:
+    """Two controllers become one: what each remembers is as long as it has run."""
+    specs = [service_spec(name) for name in "abc"]
+    world = LiveWorld(specs, [burst(seed=seed) for seed in range(3)])
+    seen = []
+    for _ in range(50):
+        world.wait_until(world.now_s + 15.0)
+        world.watch = lambda: None
+        seen.append(world.read())
+    config = live_config(tmp_path, *specs, policy={"reference": "llm-d-slo", "cache": tmp_path}, mode="advise")
+    parts = []
+    for rows, first in (([2], 0), ([1, 0], 25)):
+        part = LiveService(
+            config.model_copy(update={"services": tuple(specs[row] for row in rows)}), actuator=world, clock=world
+        )
+        for window in seen[first:]:
+            part.ladder.propose(part.decider.observe(take_rows(window, np.array(rows))))
+        parts.append(part)
+    whole = LiveService(config, actuator=world, clock=world)
+    for part, rows in zip(parts, ({2: 0}, {1: 0, 0: 1}), strict=True):
+        assert whole.memory.restore(part.memory.state(), rows)[list(rows)].all()
+    world.wait_until(world.now_s + 15.0)
+    window = world.read()
+    together = whole.ladder.propose(whole.decider.observe(window)).replicas
+    for part, rows in zip(parts, ([2], [1, 0]), strict=True):
+        alone = part.ladder.propose(part.decider.observe(take_rows(window, np.array(rows)))).replicas
+        assert together[rows].tolist() == alone.tolist()
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("moment", ["before_apply", "after_apply"])
+def test_killed_in_the_middle_of_a_tick_nothing_is_doubled_or_lost(tmp_path: Path, moment: str) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.run(service, 41)
+    in_force = int(world.state().replicas_target[0, 0])
+
+    def kill() -> None:
+        raise Killed
+
+    while True:  # to the tick that scales up
+        setattr(world, moment, kill)
+        with pytest.raises(Killed):
+            world.run(service, 1)
+        setattr(world, moment, lambda: None)
+        tick = read_ticks(service.database, last=1)[-1]
+        settled = int(tick.target("settled").replicas.sum())
+        assert not tick.concluded
+        service = world.service(live_config(tmp_path))
+        decision = world.run(service, 1)[-1]
+        assert "foreign_edit" not in outcomes([decision])[0][1]
+        if settled > in_force:
+            break
+        in_force = int(world.state().replicas_target[0, 0])
+    # The decision in the record is in force after the restart, not twice and not undone: the cooldown holds it.
+    assert targets([decision])[0] >= settled
+    assert int(world.state().replicas_target[0, 0]) == targets([decision])[0]
+    assert read_ticks(service.database, last=1)[-1].concluded
+    service.close()
+
+
+def test_two_controllers_at_once_one_acts_and_the_other_takes_over(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    first = world.service(live_config(tmp_path))
+    steady = [0.0]
+    second = LiveService(live_config(tmp_path), source=world, actuator=world, clock=world)
+    second.leases.holder = "elsewhere/1/1/1"  # type: ignore[attr-defined]
+    second.leases._watch._now = lambda: steady[0]  # type: ignore[attr-defined]
+    second.heartbeat.beat()
+    world.run(first, 3)
+    assert second.step() is None
+    first.heartbeat._stop.set()  # it hangs: no more beats
+    steady[0] += 46.0
+    second.heartbeat.beat()
+    world.watch = second.state
+    assert outcomes([second.step()])[0][0] in {"scaled", "unchanged"}
+    # The first comes back to life in mid tick: its pulse still looks young, but its token is older.
+    before = len(world.targets)
+    world.watch = first.state
+    late = world.run(first, 1)[-1]
+    assert outcomes([late]) == [("held", [*outcomes([late])[0][1]])]
+    assert "not_recorded" in outcomes([late])[0][1]
+    assert len(world.targets) == before
+    first.heartbeat.beat()
+    assert first.step() is None
+
+
+def test_down_ends_the_loop_and_hands_the_leases_back(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.run(service, 2)
+    Controls(service.database).end("jevons")
+    service.heartbeat.beat()
+    assert service.step() is None
+    assert world.stopped
+    service.close()
+    successor = LiveService(live_config(tmp_path), source=world, actuator=world, clock=world)
+    assert successor.heartbeat.beat().tokens.tolist() == [2]

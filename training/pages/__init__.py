@@ -1,0 +1,4 @@
+"""What is written for people: reports, pages of the documentation, pictures and tables.
+
+Must not know how the figures came about.
+"""
