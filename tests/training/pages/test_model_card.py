@@ -9,7 +9,7 @@ from policies.learned import load_bundle
 from policies.lineup import SHIPPED_BUNDLE
 from training.commands.pages import recipe
 from training.judging.evaluate import Evaluation
-from training.pages.model_card import card
+from training.pages.model_card import card, flat
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_the_card_says_what_the_bundle_and_the_evaluation_know(bundle):
         bundle.manifest.features, bundle.manifest.feature_low, bundle.manifest.feature_high, strict=True
     ):
         assert f"| `{feature}` | {low:.3g} | {high:.3g} |" in text
-    for path, _ in model_card.flat(bundle.manifest.provenance["config"]):
+    for path, _ in flat(bundle.manifest.provenance["config"]):
         assert f"| `{path}` |" in text
     # Of the two peers without hindsight the tuned one is cheaper (18 of 20 dollars), of our own rules there is one.
     assert "| one | 97.00% | 95% | 10.0000 | 2.00 | 12.0 | hpa (train): 0.90 | reactive (self): 0.75 |" in text

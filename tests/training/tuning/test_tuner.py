@@ -13,8 +13,9 @@ from training.judging.evaluate import evaluate
 from training.replaying import result_cache
 from training.replaying.result_cache import ResultCache
 from training.replaying.workers import InProcess
+from training.tuning import studies
 from training.tuning.studies import BATCH, trials_for
-from training.tuning.tuner import Question, parameters_for, studies, try_settings, tune
+from training.tuning.tuner import Question, parameters_for, try_settings, tune
 
 
 class Counting(InProcess):
