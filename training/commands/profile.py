@@ -16,7 +16,9 @@ from training.commands.console import check_writable, one_sentence_errors, progr
 
 if TYPE_CHECKING:
     from policies.engine import EngineProfile
-    from training.profiling.fit import ErrorRow, Fit, Unknowns
+    from training.profiling.conditions import Unknowns
+    from training.profiling.errors import ErrorRow
+    from training.profiling.fit import Fit
     from training.profiling.measurements import Measured
 
 app = typer.Typer(help="Make engine profiles, and see how far they are from measurements.", no_args_is_help=True)
@@ -276,7 +278,8 @@ def _validate_rows(
     json_file: Path | None,
 ) -> None:
     from training.pages.profiles import ERROR_HEADINGS, error_cells, scatter, show, write_page
-    from training.profiling.fit import ErrorRow, coefficients_of
+    from training.profiling.errors import ErrorRow
+    from training.profiling.fit import coefficients_of
     from training.profiling.measurements import read_measurements
 
     table = read_measurements(data, _limits(engine, None, budget, None), where)
@@ -302,7 +305,7 @@ def _limits(profile: EngineProfile, kv_tokens: int | None, budget: int | None, s
 
 def _unknowns(table: Measured, budget: int | None, per_client: int | None) -> Unknowns:
     """Ways that a table may have been measured; none but the stated one where the file says it."""
-    from training.profiling.fit import AS_STATED, unknown_conditions
+    from training.profiling.conditions import AS_STATED, unknown_conditions
     from training.profiling.measurements import LoopLatencyTable
 
     if not isinstance(table, LoopLatencyTable) or table.protocols is not None:
@@ -320,7 +323,8 @@ def _fit(
     seed: int,
 ) -> Fit:
     from envs.cluster.warm_up import warm_up
-    from training.profiling.fit import AS_STATED, fit_profile
+    from training.profiling.conditions import AS_STATED
+    from training.profiling.fit import fit_profile
 
     warm_up(say)
     with progress_bar("fitting") as tell:

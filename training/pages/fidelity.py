@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from training.pages.tables import table
+from training.profiling.conditions import BUDGETS, CACHED_SHARES, KV_SHARES
+from training.profiling.errors import ErrorRow
 from training.profiling.fidelity import SetResult
-from training.profiling.fit import BUDGETS, CACHED_SHARES, KV_SHARES, ErrorRow
 
 Cells = list[str]
 NOTES_FROM, NOTES_TO = "<!-- notes:begin -->", "<!-- notes:end -->"

@@ -18,7 +18,8 @@ from plotly.offline import get_plotlyjs
 from policies.contract import Floats
 from policies.engine import EngineProfile
 from policies.files import write_text
-from training.profiling.fit import ErrorRow, Fit, coefficients_of
+from training.profiling.errors import ErrorRow
+from training.profiling.fit import Fit, coefficients_of
 from training.profiling.measurements import COEFFICIENTS, QUANTITIES
 from training.profiling.validation import Comparison
 

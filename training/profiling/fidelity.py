@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from policies.contract import Floats
 from policies.engine import ConfigError, load_engine
 from policies.spec import shipped_configs
-from training.profiling.fit import ErrorRow, Fit, coefficients_of, fit_profile, relative_errors, unknown_conditions
+from training.profiling.conditions import unknown_conditions
+from training.profiling.errors import ErrorRow, relative_errors
+from training.profiling.fit import Fit, coefficients_of, fit_profile
 from training.profiling.measurements import SET_COLUMNS, Limits, LoopLatencyTable, read_measurements
 
 LOOPS, STEPS, CAPACITIES = "silicon_e2e_ttft_tpot.csv", "aic_forward_pass_steps.csv", "aic_kv_capacity.csv"

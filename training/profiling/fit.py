@@ -9,17 +9,17 @@ This module must not know about files, plots or the command line.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from envs.cluster.closed_loop import LoadProtocol
 from policies.contract import Floats
 from policies.engine import ConfigError, StepModel
-from training.profiling.measurements import COEFFICIENTS, LoopLatencyTable, Measured
+from training.profiling.conditions import AS_STATED, Conditions, Unknowns
+from training.profiling.errors import INTERVAL, ErrorRow
+from training.profiling.measurements import COEFFICIENTS, Measured
 
 WEIGHTS = {"step": 1.0, "tpot": 1.0, "ttft": 0.5, "ttft_p90": 0.25}
 """Weight of a quantity's residuals. TTFT at a fixed concurrency is mostly queueing, so it counts half."""
@@ -33,153 +33,10 @@ PASSES = 2
 """Times that the unknown conditions are gone through: a later one may change what an earlier one should be."""
 MARGIN = 1.0
 """Standard errors by which other conditions must be better than the usual ones."""
-BUDGETS = (8192, 4096, 2048)
-"""Tokens per iteration, the most usual first."""
-CACHED_SHARES = (0.0, 0.5, 0.9)
-"""Shares of a prompt that a prefix cache may hold."""
-KV_SHARES = (1.0, 0.85)
-"""Engines leave a part of the estimated KV capacity to graphs and buffers; saturated rows tell."""
-INTERVAL = (5.0, 95.0)
-"""Percentiles of the bootstrap: a 90 % interval."""
 DEFAULT_START = np.array([8.0, 30.0, 25.0, 40.0, 1.0])
 """Where the search starts without a base profile, in the units of `StepModel`: a mid-size model on an H100."""
 
 Progress = Callable[[int, int, str], None]
-Change = Mapping[str, Any]
-"""Fields of `Conditions` or of its protocol, and their values."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a file of closed loops does not say about its measurement; chosen by the rows that are fitted."""
-
-    protocol: LoadProtocol | None = None
-    max_num_batched_tokens: int | None = None
-    kv_share: float = 1.0
-
-    def apply(self, table: Measured) -> Measured:
-        """`table` under these conditions."""
-        if isinstance(table, LoopLatencyTable):
-            return table.under(self.protocol, self.max_num_batched_tokens, self.kv_share)
-        return table
-
-    def but(self, change: Change) -> Conditions:
-        """These conditions with other values; fields of the protocol and of the engine alike.
-
-        Raises:
-            ValueError: when the protocol should change and there is none.
-        """
-        load = {name: value for name, value in change.items() if name in LoadProtocol.model_fields}
-        engine = {name: value for name, value in change.items() if name not in load}
-        if not load:
-            return replace(self, **engine)
-        if self.protocol is None:
-            raise ValueError("no protocol to change")
-        return replace(self, protocol=self.protocol.model_copy(update=load), **engine)
-
-    def __str__(self) -> str:
-        parts = []
-        if self.protocol is not None:
-            start = f"{self.protocol.start} of {self.protocol.requests_per_client} requests per client"
-            if self.protocol.most_requests is not None:
-                start += f", {self.protocol.most_requests:,} at most"
-            parts.append(start + (f", {self.protocol.waiting} always waiting" if self.protocol.waiting else ""))
-            if self.protocol.cached_share:
-                parts.append(f"{self.protocol.cached_share:.0%} of each prompt cached")
-        if self.max_num_batched_tokens is not None:
-            parts.append(f"{self.max_num_batched_tokens:,} tokens per iteration")
-        if self.kv_share != 1.0:
-            parts.append(f"{self.kv_share:g} of the stated KV capacity")
-        return "; ".join(parts) or "as stated"
-
-
-@dataclass(frozen=True)
-class Unknowns:
-    """Conditions that may be otherwise: where the search begins, and per unknown what else it may be.
-
-    Attributes:
-        usual: what is most usual; kept where the rows do not speak clearly against it.
-        axes: per unknown, what it may be, the most usual first.
-    """
-
-    usual: Conditions = Conditions()
-    axes: tuple[tuple[Change, ...], ...] = ()
-
-
-AS_STATED = Unknowns()
-
-
-def unknown_conditions(
-    max_num_batched_tokens: int | None = None, requests_per_client: int | None = None, saturated: bool = False
-) -> Unknowns:
-    """Every way that a published closed-loop measurement may have been run.
-
-    Args:
-        max_num_batched_tokens: tokens per iteration, where known.
-        requests_per_client: where known.
-        saturated: whether rows fill the KV cache, so that they tell its capacity.
-    """
-    counts = (10, 20) if requests_per_client is None else (requests_per_client,)
-    loads: list[Change] = [
-        {"start": "burst", "requests_per_client": count, "waiting": waiting} for count in counts for waiting in (0, 1)
-    ]
-    axes: list[tuple[Change, ...]] = []
-    if requests_per_client is None:
-        loads.append({"start": "steady", "requests_per_client": 4, "waiting": 0})
-        axes.append(({"most_requests": None}, {"most_requests": 1000}))
-    axes.insert(0, tuple(loads))
-    if max_num_batched_tokens is None:
-        axes.append(tuple({"max_num_batched_tokens": budget} for budget in BUDGETS))
-    axes.append(tuple({"cached_share": share} for share in CACHED_SHARES))
-    if saturated:
-        axes.append(tuple({"kv_share": share} for share in KV_SHARES))
-    protocol = LoadProtocol(requests_per_client=counts[0])
-    return Unknowns(Conditions(protocol, max_num_batched_tokens or BUDGETS[0]), tuple(axes))
-
-
-@dataclass(frozen=True)
-class ErrorRow:
-    """How far a quantity is off: absolute relative errors, 0.05 is 5 %."""
-
-    quantity: str
-    rows: int
-    median: float
-    mean: float
-    mean_low: float
-    mean_high: float
-    p90: float
-    worst: float
-
-    @classmethod
-    def of(cls, quantity: str, predicted: Floats, measured: Floats, seed: int = 0) -> ErrorRow:
-        """Over the rows where both are known; the interval of the mean is a 90 % bootstrap.
-
-        Raises:
-            ValueError: when there is no such row.
-        """
-        errors = relative_errors(predicted, measured)
-        errors = errors[~np.isnan(errors)]
-        if not len(errors):
-            raise ValueError(f"{quantity}: no row to compare")
-        rng = np.random.default_rng(seed)
-        means = errors[rng.integers(0, len(errors), (1000, len(errors)))].mean(axis=1)
-        low, high = np.percentile(means, INTERVAL)
-        return cls(
-            quantity=quantity,
-            rows=len(errors),
-            median=float(np.median(errors)),
-            mean=float(errors.mean()),
-            mean_low=float(low),
-            mean_high=float(high),
-            p90=float(np.percentile(errors, 90)),
-            worst=float(errors.max()),
-        )
-
-
-def relative_errors(predicted: Floats, measured: Floats) -> Floats:
-    """(rows,) |predicted / measured - 1|, NaN where either is unknown."""
-    errors: Floats = np.abs(predicted / measured - 1.0)
-    return errors
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.traffic.formats import block_sessions, import_trace, prefix_hits
+from envs.traffic.formats import import_trace
+from envs.traffic.prefix_blocks import block_sessions, prefix_hits
 from envs.traffic.trace import Trace, TraceError, load_trace, write_trace
 
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens

@@ -5,7 +5,8 @@ import pytest
 
 from envs.cluster.closed_loop import LoadProtocol
 from policies.engine import ConfigError
-from training.profiling.fit import Conditions, Unknowns, coefficients_of, fit_profile, step_model, unknown_conditions
+from training.profiling.conditions import Conditions, Unknowns, unknown_conditions
+from training.profiling.fit import coefficients_of, fit_profile, step_model
 from training.profiling.measurements import COEFFICIENTS, LoopLatencyTable, StepTimes
 
 PROTOCOL = LoadProtocol(requests_per_client=4)

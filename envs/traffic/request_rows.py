@@ -1,0 +1,216 @@
+"""Rows of a request log, whatever its format, into a trace; and an account of what was left out.
+
+This module must not know how a format is recognised or split into rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.traffic.prefix_blocks import block_sessions, prefix_hits
+from envs.traffic.scaling import spread_ticks
+from envs.traffic.trace import Trace, TraceError
+
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "prefix_hit_tokens", "session_id", "tenant", "model")
+SORTED_NOTE = "rows were not in order of arrival and were sorted"
+MOONCAKE_TICK_S = 3.0
+_ERRORS_KEPT = 5
+_EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What an import found.
+
+    Attributes:
+        trace: the requests.
+        format: the format recognised: ``canonical``, ``azure``, ``burstgpt``, ``mooncake``, ``csv`` or ``jsonl``.
+        rows_read: data rows in the file.
+        rows_skipped: rows that are not in the trace: failed requests of BurstGPT, and bad rows with ``skip_bad``.
+        first_errors: the first few bad rows, one sentence each.
+        notes: what was done to the data, one sentence each (sorted, spread over ticks, failed requests left out).
+    """
+
+    trace: Trace
+    format: str
+    rows_read: int
+    rows_skipped: int
+    first_errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class RowReader:
+    """Reads records into columns, and keeps account of what was left out."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str], places: Mapping[str, int | str], skip_bad: bool) -> None:
+        self.path = path
+        self.columns = columns
+        self.places = places
+        self.skip_bad = skip_bad
+        self.failed_output_tokens: int | None = None
+        self.reads_blocks = False
+        self.rows_read = 0
+        self.rows_bad = 0
+        self.rows_failed = 0
+        self.first_errors: list[str] = []
+        self.numbers: dict[str, list[Any]] = {name: [] for name in columns if name in COLUMNS[:4]}
+        self.labels: dict[str, list[str]] = {name: [] for name in columns if name in COLUMNS[4:]}
+        self.blocks: list[list[Any]] = []
+        self._parse_time: Callable[[Any], float] | None = None
+
+    def read(self, records: Iterator[tuple[int, Any]]) -> None:
+        """Take every record in.
+
+        Raises:
+            TraceError: at the first bad one, unless bad ones are to be skipped.
+        """
+        for line, record in records:
+            self.rows_read += 1
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                self._add(record)
+            except ValueError as error:
+                sentence = f"{self.path}: line {line}: {error}"
+                if not self.skip_bad:
+                    raise TraceError(sentence) from None
+                self.rows_bad += 1
+                if len(self.first_errors) < _ERRORS_KEPT:
+                    self.first_errors.append(sentence)
+
+    def result(self, kind: str, seed: int) -> ImportResult:
+        """Make the trace: sort, rebase to 0, number the labels.
+
+        Raises:
+            TraceError: when no request is left.
+        """
+        kept = len(self.numbers["arrival_s"])
+        if not kept:
+            if not self.rows_read:
+                raise TraceError(f"{self.path}: has a header but no rows, expected at least one request")
+            reason = f"; the first: {self.first_errors[0]}" if self.first_errors else ""
+            raise TraceError(f"{self.path}: none of {self.rows_read} rows is a request{reason}")
+        notes: list[str] = []
+        arrival_s = np.array(self.numbers["arrival_s"], np.float64)
+        order = np.argsort(arrival_s, kind="stable")
+        if (np.diff(arrival_s) < 0).any():
+            notes.append(SORTED_NOTE)
+        if self.rows_failed:
+            notes.append(f"{self.rows_failed} rows without response tokens are failed requests and were left out")
+        columns: dict[str, Any] = {
+            name: np.array(values, np.int64)[order] for name, values in self.numbers.items() if name != "arrival_s"
+        }
+        for name, values in self.labels.items():
+            codes, known = _codes([values[row] for row in order])
+            columns[name] = codes
+            if name != "session_id":
+                columns[f"{name}s"] = known
+        if self.blocks:
+            blocks = [self.blocks[row] for row in order]
+            columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks), columns["prompt_tokens"])
+            columns["session_id"] = block_sessions(blocks)
+        trace = Trace.from_arrays(arrival_s[order] - arrival_s[order[0]], **columns, name=self.path.stem)
+        ticks = np.round(trace.arrival_s / MOONCAKE_TICK_S) * MOONCAKE_TICK_S
+        if kind == "mooncake" and kept > 1 and (np.abs(trace.arrival_s - ticks) <= 0.002).all():
+            trace = spread_ticks(trace, seed, MOONCAKE_TICK_S)
+            notes.append(f"arrivals lay on ticks of {MOONCAKE_TICK_S:g} s and were spread uniformly over them")
+        return ImportResult(
+            trace, kind, self.rows_read, self.rows_bad + self.rows_failed, tuple(self.first_errors), tuple(notes)
+        )
+
+    def _add(self, record: Any) -> None:
+        row: dict[str, Any] = {}
+        for name, place in self.places.items():
+            try:
+                value = record[place]
+            except KeyError:
+                raise ValueError(f"expected a field {place!r} for {name}") from None
+            try:
+                if name == "arrival_s":
+                    row[name] = self._time(value)
+                elif name in self.numbers:
+                    row[name] = _whole(value, 1 if name == "prompt_tokens" else 0)
+                else:
+                    row[name] = "" if value is None else str(value).strip()
+            except ValueError as error:
+                raise ValueError(f"field {self.columns[name]!r}: {error}") from None
+        if row["output_tokens"] == self.failed_output_tokens:
+            self.rows_failed += 1
+            return
+        if row["output_tokens"] < 1:
+            raise ValueError(f"field {self.columns['output_tokens']!r}: expected at least 1, got 0")
+        if row.get("prefix_hit_tokens", 0) > row["prompt_tokens"]:
+            raise ValueError(
+                f"field {self.columns['prefix_hit_tokens']!r}: expected at most the prompt's "
+                f"{row['prompt_tokens']} tokens, got {row['prefix_hit_tokens']}"
+            )
+        if self.reads_blocks:
+            ids = record.get("hash_ids")
+            if not isinstance(ids, list) or not all(isinstance(block, int | str) for block in ids):
+                raise ValueError(f"field 'hash_ids': expected a list of block ids, got {ids!r:.60}")
+            row["arrival_s"] /= 1000.0
+            self.blocks.append(ids)
+        for name, value in row.items():
+            (self.numbers if name in self.numbers else self.labels)[name].append(value)
+
+    def _time(self, value: Any) -> float:
+        if self._parse_time is None:
+            # The first row decides, so that a log cannot mix seconds and dates.
+            try:
+                seconds = _seconds(value)
+                self._parse_time = _seconds
+            except ValueError:
+                seconds = _iso_seconds(value)
+                self._parse_time = _iso_seconds
+            return seconds
+        return self._parse_time(value)
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"expected a number of seconds, got {value!r:.60}") from None
+    if not math.isfinite(seconds) or isinstance(value, bool):
+        raise ValueError(f"expected a finite number of seconds, got {value!r:.60}")
+    return seconds
+
+
+def _iso_seconds(value: Any) -> float:
+    """Seconds since 2020 of an ISO 8601 time; digits past the microsecond are cut."""
+    try:
+        time = datetime.fromisoformat(str(value).strip())
+        # An epoch nearby leaves a float64 precise to 0.03 us.
+        return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH).total_seconds()
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected seconds or an ISO 8601 time, got {value!r:.60}") from None
+
+
+def _whole(value: Any, at_least: int) -> int:
+    # Logs have millions of rows, and nearly every value in them is plain digits.
+    if type(value) is str and value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= at_least:
+        return int(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not (number == math.floor(number) if math.isfinite(number) else False):
+        raise ValueError(f"expected a whole number of tokens, got {value!r:.60}")
+    if not at_least <= number < 2**31:
+        raise ValueError(f"expected a number from {at_least} to {2**31 - 1}, got {value!r:.60}")
+    return int(number)
+
+
+def _codes(values: list[str]) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """Number labels in order of first use; an empty one is -1."""
+    known: dict[str, int] = {}
+    codes = [known.setdefault(value, len(known)) if value else -1 for value in values]
+    return np.array(codes, np.int32), tuple(known)
