@@ -14,13 +14,12 @@ from pydantic import Field
 
 from envs.cluster.simulation import SimulatedCluster
 from envs.randomization import Range, ScenarioBank, steady_demand
+from envs.reward import Reward
 from policies.action import decode_action
-from policies.columns import clip
 from policies.contract import Bools, Features, Floats, Ints, Observation, put_rows, take_rows
 from policies.decider import Decider
 from policies.engine import StrictModel
 from policies.fleet import Fleet
-from policies.objective import Objective, attainment
 
 WAVES = 8
 FOLLOWING_STEP_S = 300.0
@@ -102,13 +101,14 @@ class Episodes:
         self.fleet = Fleet.empty(n, bank.fleet.pools)
         self.cluster = SimulatedCluster(bank.library, n, bank.fleet.pools, bank.rows, bank.slots, window)
         self.decider = Decider(self.fleet, window, bank.guardrails)
-        self._bill_per_node = np.zeros((n, bank.fleet.pools), bool)
-        self._node_gpus = np.ones((n, bank.fleet.pools))
-        self._objective = Objective(bank.objective, self.fleet, self._bill_per_node, self._node_gpus)
-        self._request_usd = np.ones(n)
-        self._window_usd = np.ones(n)
-        self._window_arrivals = np.ones(n)
-        self._missed = np.zeros(n)
+        self.reward = Reward(
+            bank.objective,
+            self.fleet,
+            window.control_interval_s,
+            scale=spec.reward_scale,
+            usual_miss_rate=spec.usual_miss_rate,
+            miss_limit=spec.miss_limit,
+        )
         self._step = np.zeros(n, np.int64)
         self._last_step = np.full(n, spec.steps, np.int64)
         self._observation: Observation | None = None
@@ -142,7 +142,7 @@ class Episodes:
         settled, _ = self.decider.settle(proposed, self._observation)
         self.cluster.apply(settled)
         self.cluster.run_window()
-        reward, terms = self._reward()
+        reward, terms = self.reward.of_window(self.cluster.window_usage(), self.cluster.usage())
         self._step += 1
         self._observation = self.decider.observe(self.cluster.read())
         return StepResult(self._observation, reward, self._step >= self._last_step, terms)
@@ -178,14 +178,15 @@ class Episodes:
         self.fleet.log_miss_price[services] = self.log_miss_price + each(rng.uniform(-spread, spread, groups))
 
         pools = bank.pools[scenario]
-        self._bill_per_node[services] = pools["bill_per_node"] > 0
-        self._node_gpus[services] = pools["slots_per_node"] * bank.fleet.gpus[scenario]
         demand = steady_demand(drawn, bank.library.totals(first, end), np.full(k, self.length_s))
         interval_s = bank.interface.window.control_interval_s
-        self._window_usd[services] = self._following_usd_per_s(drawn, traces, origin_s) * interval_s
-        arrivals = np.maximum((end - first) * interval_s / self.length_s, 0.05)
-        self._window_arrivals[services] = arrivals
-        self._request_usd[services] = self._window_usd[services] / arrivals
+        self.reward.begin(
+            services,
+            bill_per_node=pools["bill_per_node"] > 0,
+            node_gpus=pools["slots_per_node"] * bank.fleet.gpus[scenario],
+            window_usd=self._following_usd_per_s(drawn, traces, origin_s) * interval_s,
+            window_arrivals=np.maximum((end - first) * interval_s / self.length_s, 0.05),
+        )
 
         low, high = self.spec.start_over_demand
         factor = np.exp(each(rng.uniform(np.log(low), np.log(high), size=groups)))[:, np.newaxis]
@@ -203,7 +204,6 @@ class Episodes:
             replicas=np.clip(replicas, np.maximum(drawn.min_replicas, 0), drawn.max_replicas).astype(np.int64),
         )
         self.cluster.run_window(services)
-        self._missed[services] = 0.0
         self._step[services] = 0
 
     def _following_usd_per_s(self, fleet: Fleet, traces: Ints, origin_s: Floats) -> Floats:
@@ -223,31 +223,6 @@ class Episodes:
         usd_per_s = (replicas * np.where(each.exists, each.usd_per_replica_s, 1.0)).min(axis=1)
         mean_usd_per_s: Floats = usd_per_s.reshape(blocks, k).mean(axis=0)
         return mean_usd_per_s
-
-    def _reward(self) -> tuple[Floats, dict[str, Floats]]:
-        usage = self.cluster.window_usage()
-        total = self.cluster.usage()
-        missed = total.finished - total.good + total.rejected + total.overdue
-        # A miss counts when it is certain: a first token that is overdue counts before it comes.
-        new_misses = clip(missed - self._missed, 0.0, self.spec.miss_limit * self._window_arrivals)
-        self._missed = np.maximum(missed, self._missed)
-        interval_s = self.bank.interface.window.control_interval_s
-        cost = self._objective.cost(usage, self._request_usd, interval_s, new_misses)
-        unit = self._window_usd
-        terms = {
-            "provisioned": cost.provisioned_usd / unit,
-            "misses": cost.miss_usd / unit,
-            "churn": cost.churn_usd / unit,
-            "attainment": attainment(total),
-        }
-        reward = -self.spec.reward_scale * self.weight * (terms["provisioned"] + terms["misses"] + terms["churn"])
-        return reward, terms
-
-    @property
-    def weight(self) -> Floats:
-        """(n,) factor on the costs of each episode, by its price of a miss; leaves its best policy as it is."""
-        weight: Floats = 1.0 / (1.0 + self.spec.usual_miss_rate * np.exp(self.fleet.log_miss_price))
-        return weight
 
     @property
     def features(self) -> Features:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from envs.cluster.library import RequestLibrary
-from envs.cluster.simulation import pack_pools, pool_rows
+from envs.cluster.pools import pack_pools, pool_rows
 from envs.cluster.state import Records
 from envs.traffic.generator import GeneratorSpec, Profile, generate
 from envs.traffic.trace import Trace

@@ -15,17 +15,16 @@ from pydantic import Field
 
 from autoscaler.actuators.base import FleetState
 from autoscaler.authority.controls import Mode
+from autoscaler.authority.foreign_edits import ForeignEdits
 from autoscaler.authority.heartbeat import Heartbeat
 from autoscaler.authority.leases import NOT_HELD
 from autoscaler.authority.revalidation import Revalidation, RevalidationSpec
 from autoscaler.versions.counterfactuals import Counterfactuals
 from autoscaler.versions.ladder import FallbackLadder, Rung
-from policies.columns import any_pool, min_pools
-from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Reason, Snapshot
+from policies.columns import any_pool
+from policies.contract import Bools, Decision, Floats, Observation, Outcome, Reason, Snapshot
 from policies.decider import Decider
 from policies.engine import NonNegative, Positive, StrictModel
-
-UNKNOWN = -1
 
 
 class SupervisionSpec(StrictModel):
@@ -76,7 +75,6 @@ class LiveSupervisor:
         spec: SupervisionSpec,
         on_finish: Callable[[Decision, dict[str, float]], None] = lambda decision, seconds: None,
     ) -> None:
-        n, pools = decider.fleet.exists.shape
         self.services = tuple(services)
         self.spec = spec
         self.revalidation = Revalidation(decider.fleet, spec.revalidation)
@@ -87,20 +85,17 @@ class LiveSupervisor:
         self._world = world
         self._clock = clock
         self._on_finish = on_finish
-        self.brought_back: Bools = np.zeros(n, bool)
+        self.brought_back: Bools = np.zeros(len(self.services), bool)
         """(n,) services whose memory is here; on the others this controller must not act yet."""
         self._began_s = -np.inf
-        self._applied: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was last carried out
-        self._base: Ints = np.full((n, pools), UNKNOWN, np.int64)  # what was in force just before
-        self._edited_s: Floats = np.full(n, -np.inf)
-        self._edited_to: Ints = np.full((n, pools), UNKNOWN, np.int64)
+        self._edits = ForeignEdits(decider.fleet.exists, spec.edit_hold_s)
 
     # Supervisor
 
     def begin(self, snapshot: Snapshot) -> Bools:
         """Look for edits by others; the services on which this controller does not act."""
         self._began_s = self._clock.now_s
-        self._find_edits()
+        self._edits.look(self._world().replicas_target, self._began_s, self._ordered_s())
         return ~self._acting()
 
     def judge(self, decision: Decision, observation: Observation) -> Decision:
@@ -153,33 +148,25 @@ class LiveSupervisor:
 
     def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
         """Remember what was carried out."""
-        done = ((decision.outcome == Outcome.SCALED) | (decision.outcome == Outcome.UNCHANGED))[:, np.newaxis]
-        world = self._world().replicas_target
-        self._applied = np.where(done, decision.settled.replicas, self._applied)
-        self._base = np.where(done, np.where(np.isnan(world), UNKNOWN, world), self._base).astype(np.int64)
-        # After a failure nobody knows how far it came: no edit can be told from it.
-        failed = ((decision.reasons & int(Reason.ACTUATION_FAILED)) != 0)[:, np.newaxis]
-        self._applied = np.where(failed, UNKNOWN, self._applied)
+        done = (decision.outcome == Outcome.SCALED) | (decision.outcome == Outcome.UNCHANGED)
+        failed = (decision.reasons & int(Reason.ACTUATION_FAILED)) != 0
+        self._edits.carried_out(decision.settled.replicas, self._world().replicas_target, done, failed)
         self._on_finish(decision, seconds)
 
     # Durable state
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What survives a restart: arrays with leading axis n."""
-        own = {"applied": self._applied, "base": self._base, "edited_s": self._edited_s, "edited_to": self._edited_to}
-        return {**own, **self.revalidation.state()}
+        return {**self._edits.state(), **self.revalidation.state()}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `state` returned."""
-        self._applied, self._base, self._edited_to = (
-            np.array(state[name], np.int64) for name in ("applied", "base", "edited_to")
-        )
-        self._edited_s = np.array(state["edited_s"], np.float64)
+        self._edits.restore(state)
         self.revalidation.restore(state)
 
     def forget_applied(self, rows: Bools) -> None:
         """Nobody knows whether the last targets of the masked services were carried out."""
-        self._applied = np.where(rows[:, np.newaxis], UNKNOWN, self._applied)
+        self._edits.forget(rows)
 
     # Reasons to stop
 
@@ -209,29 +196,8 @@ class LiveSupervisor:
         return np.array([bool(owner) for owner in self._world().owners], bool)
 
     def _edited(self) -> Bools:
-        """(n,) where somebody's edit is to be left alone: recent, and no order has been given since."""
-        ordered_s = np.asarray(self._heartbeat.pulse.ordered_s)
-        recent = self._clock.now_s - self._edited_s < self.spec.edit_hold_s
-        edited: Bools = recent & (ordered_s < self._edited_s)
-        return edited
+        """(n,) where somebody's edit is to be left alone."""
+        return self._edits.standing(self._clock.now_s, self._ordered_s())
 
-    def _find_edits(self) -> None:
-        """What is in force is neither what we last applied, nor what was there before, nor on the way between both."""
-        world = self._world().replicas_target
-        exists = self._decider.fleet.exists
-        known = ~any_pool(np.isnan(world) & exists)
-        ours = (
-            known
-            & (min_pools(np.where(exists, self._applied, 0)) >= 0)
-            & (min_pools(np.where(exists, self._base, 0)) >= 0)
-        )
-        outside = (world < np.minimum(self._applied, self._base)) | (world > np.maximum(self._applied, self._base))
-        found = ours & any_pool(outside & exists)
-        again = known & self._edited() & any_pool((world != self._edited_to) & exists)
-        new = found | again
-        self._edited_s = np.where(new, self._clock.now_s, self._edited_s)
-        self._edited_to = np.where(new[:, np.newaxis], np.nan_to_num(world, nan=UNKNOWN), self._edited_to).astype(
-            np.int64
-        )
-        # From here on the edit is what is there; while it is left alone nothing is applied.
-        self._applied = np.where(new[:, np.newaxis], UNKNOWN, self._applied)
+    def _ordered_s(self) -> Floats:
+        return np.asarray(self._heartbeat.pulse.ordered_s)

@@ -1,4 +1,4 @@
-"""`jevons run`, `status`, `explain`, `pause`, `resume`, `mode`, `down` and `replay`.
+"""`jevons run`, `status`, `mode`, `pause`, `resume` and `down`.
 
 Importing this module must stay cheap: the work is imported inside the commands. Orders go through the database, so they
 work while a controller is stuck, restarting or elsewhere.
@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoscaler.commands.configuration import AsJson, Config, opened
+
 if TYPE_CHECKING:
     from autoscaler.hosting.config import LiveConfig
-    from autoscaler.records.database import Database
 
-Config = Annotated[Path, typer.Option("--config", envvar="JEVONS_CONFIG", help="Live configuration, YAML.")]
 Services = Annotated[list[str] | None, typer.Argument(help="Services.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every service of the configuration.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-STALE_BEATS = 3.0
-"""Control intervals without a word after which a controller counts as silent."""
 
 
 def run(
@@ -88,7 +85,9 @@ def _run_here(configs: list[LiveConfig]) -> None:
 
 def status(config: Config, as_json: AsJson = False) -> None:
     """Show controllers, services, modes and their last decisions."""
-    found = _status(*_open(config))
+    from autoscaler.hosting.status import status_of
+
+    found = status_of(*opened(config))
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -116,79 +115,6 @@ def status(config: Config, as_json: AsJson = False) -> None:
         change = "-" if row["replicas_before"] is None else f"{row['replicas_before']} -> {row['replicas_after']}"
         table.add_row(row["service"], row["mode"], change, row["outcome"], ", ".join(row["reasons"]), ago)
     console.print(table)
-
-
-def _status(config: LiveConfig, database: Database) -> dict[str, Any]:
-    import sqlalchemy as sa
-
-    from autoscaler.authority.controls import Controls, kill_file_engaged
-    from autoscaler.records.database import CONTROLLERS, DECISIONS
-    from policies.contract import Reason
-
-    orders, now_s = Controls(database).read(), time.time()
-    names = [spec.service for spec in config.services]
-    newest = (
-        sa.select(sa.func.max(DECISIONS.c.tick)).where(DECISIONS.c.service.in_(names)).group_by(DECISIONS.c.service)
-    )
-    with database.begin() as connection:
-        controllers = connection.execute(CONTROLLERS.select().order_by(CONTROLLERS.c.beat_s.desc())).all()
-        rows = connection.execute(
-            DECISIONS.select().where(DECISIONS.c.tick.in_(newest), DECISIONS.c.service.in_(names))
-        ).all()
-    last = {row.service: row for row in rows}
-    stale_s = STALE_BEATS * config.interval_s
-    services = []
-    for name in names:
-        row = last.get(name)
-        services.append(
-            {
-                "service": name,
-                "mode": orders.modes.get(name, config.mode).value,
-                "outcome": row.outcome if row else "none yet",
-                "reasons": Reason(row.reasons).words() if row else [],
-                "replicas_before": row.replicas_before if row else None,
-                "replicas_after": row.replicas_after if row else None,
-                "seconds_ago": now_s - row.time_s if row else None,
-            }
-        )
-    return {
-        "killed": kill_file_engaged(config.kill_file) or orders.killed,
-        "controllers": [
-            {
-                "name": row.name,
-                "host": row.host,
-                **row.status,
-                "seen_s_ago": now_s - row.beat_s,
-                "doing": row.status["doing"] if now_s - row.beat_s < stale_s else "silent",
-            }
-            for row in controllers[: 2 * config.shards]
-        ],
-        "services": services,
-    }
-
-
-def explain(
-    service: Annotated[str, typer.Argument(help="Service.")],
-    config: Config,
-    tick: Annotated[int | None, typer.Option(help="Tick to explain; the newest when left out.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say in words what was seen, proposed, settled and done, and why."""
-    from autoscaler.records.decisions import read_outcome, read_ticks
-    from autoscaler.records.explain import explained, in_words
-
-    loaded, database = _open(config)
-    spec = next((spec for spec in loaded.services if spec.service == service), None)
-    if spec is None:
-        raise ValueError(f"{config}: no service named {service!r}")
-    ticks = read_ticks(database, service, tick=tick, last=1)
-    if not ticks:
-        where = "" if tick is None else f" at tick {tick}"
-        raise ValueError(f"no decision for {service!r} is recorded{where}")
-    outcome, reasons = read_outcome(database, ticks[0].id, service)
-    pools = [pool.label for pool in spec.pools]
-    found = explained(ticks[0], service, outcome, reasons, pools)
-    typer.echo(json.dumps(found, indent=1) if as_json else in_words(found))
 
 
 def mode(
@@ -233,12 +159,13 @@ def resume(
 def down(config: Config, wait_s: Annotated[float, typer.Option(help="Longest wait, seconds.")] = 60.0) -> None:
     """End the controllers of a configuration; targets stay as they are."""
     from autoscaler.authority.controls import Controls
+    from autoscaler.hosting.status import status_of
 
-    loaded, database = _open(config)
+    loaded, database = opened(config)
     Controls(database).end(loaded.name)
     until_s = time.monotonic() + wait_s
     while time.monotonic() < until_s:
-        alive = [row for row in _status(loaded, database)["controllers"] if row["doing"] in {"acts", "stands by"}]
+        alive = [row for row in status_of(loaded, database)["controllers"] if row["doing"] in {"acts", "stands by"}]
         if not alive:
             _say(f"{loaded.name}: ended")
             return
@@ -246,47 +173,10 @@ def down(config: Config, wait_s: Annotated[float, typer.Option(help="Longest wai
     raise OSError(f"{loaded.name}: still says that it runs after {wait_s:g} s; it ends at its next tick")
 
 
-def replay(
-    config: Config,
-    policy: Annotated[str, typer.Option(help="Policy to replay, as in `jevons evaluate --policy`.")],
-    hours: Annotated[float, typer.Option(help="How far back, hours.")] = 24.0,
-    as_json: AsJson = False,
-) -> None:
-    """Run recorded snapshots through another policy and compare its targets with the record."""
-    from autoscaler.records.decisions import read_ticks
-    from autoscaler.records.replay import replay as replay_ticks
-    from autoscaler.records.replay import summary
-    from policies.decider import Decider
-    from policies.fleet import Fleet
-    from policies.lineup import make_policy
-
-    loaded, database = _open(config)
-    ticks = read_ticks(database, since_s=time.time() - hours * 3600.0)
-    if not ticks:
-        raise ValueError(f"no decision of the last {hours:g} hours is recorded")
-    specs = loaded.services
-    fleet = Fleet.from_specs(specs)
-    decider = Decider(fleet, specs[0].interface.window, specs[0].guardrails)
-    rows = summary(replay_ticks(ticks, specs, decider, make_policy(policy, fleet, specs)), specs)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("service", "ticks", "different", "replicas", "recorded", "$/h", "recorded $/h", box=None)
-    for row in rows:
-        numbers = (row["replicas"], row["recorded_replicas"], row["usd_per_hour"], row["recorded_usd_per_hour"])
-        table.add_row(
-            row["service"], str(row["ticks"]), str(row["different"]), *(f"{number:.2f}" for number in numbers)
-        )
-    Console().print(table)
-
-
 def _order(services: list[str] | None, everything: bool, to: Any, path: Path) -> None:
     from autoscaler.authority.controls import Controls
 
-    loaded, database = _open(path)
+    loaded, database = opened(path)
     known = [spec.service for spec in loaded.services]
     wanted = known if everything else list(services or [])
     if not wanted:
@@ -317,7 +207,7 @@ def _kill_switch(path: Path, engage: bool) -> None:
         except OSError as error:
             failed.append(f"file {loaded.kill_file}: {error.strerror or error}")
     try:
-        _, database = _open(path)
+        _, database = opened(path)
         controls = Controls(database)
         (controls.kill if engage else controls.revive)()
         done.append("database")
@@ -329,22 +219,8 @@ def _kill_switch(path: Path, engage: bool) -> None:
     _say(f"kill switch {word} ({', '.join(done)})" + "".join(f"; not by {problem}" for problem in failed))
 
 
-def _open(path: Path) -> tuple[LiveConfig, Database]:
-    from autoscaler.controller import RecordsUnavailable
-    from autoscaler.hosting.config import load_live_config
-    from autoscaler.records.database import Database
-
-    loaded = load_live_config(path).located(Path.cwd())
-    database = Database(loaded.database_url)
-    try:
-        database.create()
-    except RecordsUnavailable as error:
-        raise OSError(str(error)) from None
-    return loaded, database
-
-
 def _say(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (run, status, explain, mode, pause, resume, down, replay)
+COMMANDS: tuple[Callable[..., None], ...] = (run, status, mode, pause, resume, down)

@@ -18,7 +18,7 @@ from autoscaler.authority.leases import LeaseSpec
 from autoscaler.authority.supervision import SupervisionSpec
 from autoscaler.hosting.exposition import ExpositionConfig
 from autoscaler.metrics.client import PrometheusConfig
-from autoscaler.records.decisions import RecordsConfig, database_file, expand_secrets
+from autoscaler.records.database import RecordsConfig, database_file, expand_secrets
 from autoscaler.versions.follower import PolicyConfig
 from autoscaler.versions.ladder import LadderSpec
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -16,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from prometheus_client import CollectorRegistry, start_http_server
 
-from autoscaler.actuators.base import FleetState, LiveActuator, pools_of
+from autoscaler.actuators.base import LiveActuator
 from autoscaler.actuators.build import build_actuator
+from autoscaler.actuators.state_watch import StateWatch
 from autoscaler.authority.controls import Controls
 from autoscaler.authority.heartbeat import Heartbeat
 from autoscaler.authority.kubernetes_leases import KubernetesLeases
@@ -27,24 +26,26 @@ from autoscaler.clocks import SteadyWallClock
 from autoscaler.controller import Clock, Controller, MetricsSource, RecordsUnavailable, following_tick_s
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.hosting.exposition import Exposition
+from autoscaler.hosting.presence import Presence
 from autoscaler.hosting.targets_file import TargetsFile
 from autoscaler.metrics.prometheus import PrometheusSource
-from autoscaler.records.database import CONTROLLERS, Database
-from autoscaler.records.decisions import Records, unconcluded
+from autoscaler.records.database import Database
+from autoscaler.records.decisions import Records
 from autoscaler.records.memory import Memory, bring_back
+from autoscaler.records.ticks import unconcluded
 from autoscaler.stages import Stages
 from autoscaler.versions.counterfactuals import Counterfactuals
-from autoscaler.versions.follower import PolicyConfig, PolicyFollower, Probation
+from autoscaler.versions.follower import PolicyFollower, Probation, is_learned
 from autoscaler.versions.ladder import FallbackLadder
 from autoscaler.versions.lifecycle import Lifecycle
 from policies.contract import Bools, Decision, Outcome, Reason
 from policies.decider import Decider
 from policies.fleet import Fleet
-from policies.lineup import REGISTRY_PREFIX, make_policy
+from policies.lineup import make_policy
 from policies.spec import InterfaceSpec, ScalingSpec
 
 LOG = logging.getLogger("jevons")
-MOST_FAULTS = 10
+MAX_FAULTS = 10
 """Ticks in a row that may end in an error of the program before the loop gives up."""
 
 
@@ -59,19 +60,6 @@ class ServiceClock(Clock, Protocol):
     def stop(self) -> None:
         """End the present wait and every later one."""
         ...
-
-
-class StateWatch:
-    """Remembers what the actuator last said is in force, for those who must not ask again."""
-
-    def __init__(self, actuator: LiveActuator, specs: tuple[ScalingSpec, ...]) -> None:
-        self._actuator = actuator
-        self.last = FleetState.unknown(pools_of(specs))
-
-    def __call__(self) -> FleetState:
-        """Ask the actuator."""
-        self.last = self._actuator.state()
-        return self.last
 
 
 class LiveService:
@@ -105,6 +93,7 @@ class LiveService:
         self.clock = clock or SteadyWallClock()
         self.database = Database(config.database_url)
         self.database.create()
+        self._presence = Presence(self.database, self.name)
         fleet = Fleet.from_specs(specs)
         interface, guardrails = specs[0].interface, specs[0].guardrails
         overhead_rate = np.array([spec.objective.overhead_rate for spec in specs])
@@ -218,7 +207,7 @@ class LiveService:
                 faults += 1
                 self.problem = f"{type(error).__name__}: {error}"
                 LOG.exception("tick failed; nothing was carried out")
-                if faults >= MOST_FAULTS:
+                if faults >= MAX_FAULTS:
                     raise
             next_s = following_tick_s(next_s, self.clock.now_s, self.config.interval_s)
             self.clock.wait_until(next_s)
@@ -230,11 +219,11 @@ class LiveService:
             self.stop()
             return None
         if not self._bring_back().any():
-            self._say("stands by")
+            self._tell("stands by")
             return None
         self.lifecycle.before_tick()
         decision = self.controller.tick()
-        self._say("acts")
+        self._tell("acts")
         return decision
 
     def stop(self) -> None:
@@ -247,7 +236,7 @@ class LiveService:
             if follower is not None:
                 follower.stop()
         self.heartbeat.stop(release=True)
-        self._say("stopped")
+        self._tell("stopped")
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -311,19 +300,10 @@ class LiveService:
         if self.targets is not None:
             self.targets.publish(decision, self.clock.now_s)
 
-    def _say(self, doing: str) -> None:
-        """Tell the database that this controller lives; nothing depends on it."""
-        values: Mapping[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "beat_s": time.time(),
-            "status": {"doing": doing, **self.status()},
-        }
+    def _tell(self, doing: str) -> None:
+        """Say in the database that this controller lives; nothing depends on it."""
         try:
-            with self.database.begin() as connection:
-                mine = CONTROLLERS.c.name == f"{self.name} {os.getpid()}"
-                if connection.execute(CONTROLLERS.update().where(mine).values(**values)).rowcount == 0:
-                    connection.execute(CONTROLLERS.insert().values(name=f"{self.name} {os.getpid()}", **values))
+            self._presence.tell({"doing": doing, **self.status()})
         except RecordsUnavailable as error:
             self.problem = str(error)
 
@@ -347,9 +327,3 @@ class LiveService:
         if lease.kind == "kubernetes":
             return KubernetesLeases(lease, self.services, holder_name())
         return DatabaseLeases(self.database, self.services, holder_name(), lease.duration_s)
-
-
-def is_learned(config: PolicyConfig) -> bool:
-    """Whether the reference names a bundle rather than a rule."""
-    reference = config.reference
-    return reference == "learned" or reference.endswith(".zip") or reference.startswith(REGISTRY_PREFIX)

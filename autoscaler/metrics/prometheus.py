@@ -9,7 +9,6 @@ This module must not know what is decided from a snapshot.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,8 +19,10 @@ from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.metrics import presets
 from autoscaler.metrics.boot_ledger import BootLedger
 from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.metrics.coverage import Coverage
 from autoscaler.metrics.latency_histograms import counts_by_latency, read_buckets, share_within
 from autoscaler.metrics.queries import Query, build_queries, candidates_by_signal, per_pool
+from autoscaler.metrics.queue_age import QueueAge
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
 from policies.engine import ConfigError
 from policies.spec import ScalingSpec
@@ -83,10 +84,9 @@ class PrometheusSource:
         self._slo_ttft = np.array([spec.slo.ttft_s for spec in specs])
         self._slo_tpot = np.array([spec.slo.tpot_s for spec in specs])
         self._boot = BootLedger(specs)
-        self._empty_s = np.full(len(specs), np.nan)  # when the queue was last seen empty
         self._window_s = config.window_s or specs[0].interface.window.control_interval_s
-        self._twice = np.zeros(len(specs), bool)  # whether the last reading had too many series
-        self._ready_history: deque[tuple[float, Floats]] = deque()
+        self._coverage = Coverage([spec.service for spec in specs], config, counts_known=state is not None)
+        self._queue_age = QueueAge(len(specs), specs[0].interface.window.control_interval_s)
 
     def read(self) -> Snapshot:
         """The latest window of every service; a gap is NaN.
@@ -183,7 +183,7 @@ class PrometheusSource:
 
         target, ready, starting, draining = self._replicas(state, values, exists)
         empty = (np.where(exists, ready + draining, 0.0) == 0).all(axis=1)
-        lost = self._lost(values, ready, draining, now_s, empty, problems)
+        lost = self._coverage.lost(values, ready, draining, now_s, empty, problems)
 
         def seen(array: Floats) -> Floats:
             """Without what is lost; a service without replicas has nothing running, which is known."""
@@ -222,7 +222,7 @@ class PrometheusSource:
             prompt_tokens_mean=np.where(lost, np.nan, prompt_mean),
             output_tokens_mean=np.where(lost, np.nan, output_mean),
             queue_requests=queue,
-            oldest_wait_s=self._oldest_wait(backlog, finished, now_s),
+            oldest_wait_s=self._queue_age.oldest_wait_s(backlog, finished, now_s),
             ttft_attainment=np.where(lost, np.nan, ttft),
             tpot_attainment=np.where(lost, np.nan, tpot),
             ttft_histogram_rps=np.where(lost[:, None], np.nan, ttft_bins),
@@ -267,42 +267,6 @@ class PrometheusSource:
             caps = np.where(np.isnan(caps), values["batch_cap"][:, None], caps)
         return np.where(exists, caps, 0.0)
 
-    def _lost(
-        self,
-        values: Mapping[str, Floats],
-        ready: Floats,
-        draining: Floats,
-        now_s: float,
-        empty: np.ndarray,
-        problems: list[str],
-    ) -> np.ndarray:
-        """(n,) True where a service's series are stale, cover too few of its replicas, or are there twice."""
-        n = len(self.specs)
-        newest = values["sample_time"] if "sample_time" in values else np.full(n, np.nan)
-        age_s = now_s - newest
-        stale = ~(age_s <= self.config.max_age_s) & ~empty & ~np.isnan(newest)
-        seen_count = values["seen"].sum(axis=1) if "seen" in values else np.full(n, np.nan)
-        ready_count, live = ready.sum(axis=1), (ready + draining).sum(axis=1)
-        self._ready_history.append((now_s, ready_count))
-        while len(self._ready_history) > 1 and self._ready_history[0][0] < now_s - self.config.discovery_s:
-            self._ready_history.popleft()
-        # A clock that went back leaves readings from the future behind.
-        expected = np.min([count for at_s, count in self._ready_history if at_s <= now_s], axis=0)
-        with np.errstate(invalid="ignore"):
-            partial = (seen_count < self.config.min_coverage * expected) & (expected >= 1)
-            many = (seen_count >= 2 * live) & (live >= 1) & (self._state is not None)
-        # A replica that was just replaced is seen beside its successor for one window.
-        twice, self._twice = many & self._twice, many
-        for row in np.flatnonzero(stale | partial | twice):
-            name = self.specs[row].service
-            if stale[row]:
-                problems.append(f"{name}: the newest sample is {age_s[row]:.0f} s old")
-            elif partial[row]:
-                problems.append(f"{name}: {seen_count[row]:.0f} of {expected[row]:.0f} replicas are scraped")
-            else:
-                problems.append(f"{name}: {seen_count[row]:.0f} series for {live[row]:.0f} replicas: scraped twice?")
-        return np.asarray(stale | partial | twice)
-
     def _gateway_wait(self, values: Mapping[str, Floats]) -> Floats:
         """(n,) seconds that requests wait before the engine's own clock starts."""
         gateway = presets.GATEWAYS.get(self.config.gateway)
@@ -333,18 +297,3 @@ class PrometheusSource:
 
     def _row_of(self, query: Query | None) -> Mapping[str, int]:
         return self._rows[query.kind] if query else {}
-
-    def _oldest_wait(self, backlog: Floats, finished: Floats, now_s: float) -> Floats:
-        """(n,) estimated age of the oldest unserved request: nothing exports it.
-
-        By Little's law the last of `backlog` requests waits backlog over rate; and none waits longer than there has
-        been a queue.
-        """
-        known = ~np.isnan(backlog)
-        empty = known & (backlog <= 0)
-        self._empty_s = np.where(empty | np.isnan(self._empty_s) | (self._empty_s > now_s), now_s, self._empty_s)
-        window_s = self.specs[0].interface.window.control_interval_s
-        queued_for_s = now_s - self._empty_s + window_s
-        with np.errstate(divide="ignore", invalid="ignore"):
-            by_rate = np.where(finished > 0, backlog / finished, np.inf)
-        return np.where(empty, 0.0, np.where(known, np.minimum(by_rate, queued_for_s), np.nan))

@@ -7,6 +7,7 @@ This module must not know what is decided.
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
+from pydantic import Field
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from autoscaler.controller import RecordsUnavailable
-from policies.engine import ConfigError
+from policies.engine import ConfigError, Positive, StrictModel
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 BUSY_S = 2.0
@@ -101,6 +103,15 @@ CONTROLLERS = sa.Table(
     sa.Column("status", sa.JSON, nullable=False),
 )
 """The controllers that run, with what they last said about themselves."""
+
+
+class RecordsConfig(StrictModel):
+    """Where decisions are kept, and for how long."""
+
+    url: str = Field(
+        default="sqlite:///runs/live/jevons.db", description="SQLAlchemy URL. Secrets: ${NAME} is the environment's."
+    )
+    keep_days: Positive = Field(default=30.0, description="Decisions older than this are dropped, days.")
 
 
 class Database:
@@ -203,3 +214,27 @@ def unpack_names(packed: bytes) -> tuple[str, ...]:
     """The names of `pack_names`."""
     text = zlib.decompress(packed).decode()
     return tuple(text.split("\n")) if text else ()
+
+
+def expand_secrets(url: str, environment: dict[str, str]) -> str:
+    """The URL with ${NAME} replaced by the environment's values.
+
+    >>> expand_secrets("postgresql://me:${PASSWORD}@db/jevons", {"PASSWORD": "secret"})
+    'postgresql://me:secret@db/jevons'
+
+    Raises:
+        ValueError: when a name is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in environment:
+            raise ValueError(f"records.url names the environment variable {match[1]}, which is not set")
+        return environment[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, url)
+
+
+def database_file(url: str) -> Path | None:
+    """The file of an SQLite URL, None for another database."""
+    parsed = sa.make_url(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None

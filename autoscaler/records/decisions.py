@@ -9,70 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
-from pydantic import Field
 
 from autoscaler.controller import RecordsUnavailable
-from autoscaler.records.database import DECISIONS, LEASES, STATES, TICKS, Arrays, Database, pack, pack_names, unpack
-from autoscaler.records.database import unpack_names as unpacked_names
-from policies.contract import Bools, Decision, Outcome, Snapshot, Target
-from policies.engine import Positive, StrictModel
+from autoscaler.records.database import DECISIONS, LEASES, STATES, TICKS, Arrays, Database, pack, pack_names
+from autoscaler.records.ticks import PENDING
+from policies.contract import Bools, Decision, Outcome, Snapshot
 
-PENDING = "pending"
-"""Outcome of a decision that was recorded and not concluded."""
 RETENTION_PERIOD_S = 600.0
 ROWS_PER_STATEMENT = 1000
 
 
-class RecordsConfig(StrictModel):
-    """Where decisions are kept, and for how long."""
-
-    url: str = Field(
-        default="sqlite:///runs/live/jevons.db", description="SQLAlchemy URL. Secrets: ${NAME} is the environment's."
-    )
-    keep_days: Positive = Field(default=30.0, description="Decisions older than this are dropped, days.")
-
-
-@dataclass(frozen=True, eq=False)
-class Tick:
-    """A recorded tick.
-
-    Attributes:
-        id: of the row.
-        time_s: Unix time of its decisions.
-        policy: name and version of the policy that acted.
-        services: names, in the order of the rows of every array.
-        arrays: by name: `snapshot/...`, `proposed/...`, `settled/...`, `reasons`, `outcome` and the details.
-        seconds: what each stage took.
-        concluded: whether it is known what became of it.
-    """
-
-    id: int
-    time_s: float
-    policy: str
-    services: tuple[str, ...]
-    arrays: dict[str, npt.NDArray[Any]]
-    seconds: dict[str, float]
-    concluded: bool
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """What was seen."""
-        return Snapshot(**{item.name: self.arrays[f"snapshot/{item.name}"] for item in fields(Snapshot)})
-
-    def target(self, name: str) -> Target:
-        """`proposed` or `settled`."""
-        return Target(self.arrays[f"{name}/replicas"], self.arrays[f"{name}/batch_cap"])
-
-
 class Records:
-    """Writes the decisions of one controller and reads anybody's; satisfies the controller's `Recorder`.
+    """Writes the decisions of one controller; satisfies the controller's `Recorder`.
 
     Args:
         database: where they are.
@@ -236,101 +190,3 @@ def arrays_of(decision: Decision) -> dict[str, npt.NDArray[Any]]:
     for name, target in (("proposed", decision.proposed), ("settled", decision.settled)):
         arrays |= {f"{name}/replicas": target.replicas, f"{name}/batch_cap": target.batch_cap}
     return {**arrays, "reasons": decision.reasons, "outcome": decision.outcome, **decision.details}
-
-
-def read_ticks(
-    database: Database,
-    service: str | None = None,
-    since_s: float = 0.0,
-    tick: int | None = None,
-    last: int | None = None,
-) -> list[Tick]:
-    """Recorded ticks, oldest first.
-
-    Args:
-        database: where they are.
-        service: only ticks in which it was decided.
-        since_s: Unix time from which on.
-        tick: only the one with this identifier.
-        last: only this many, the newest.
-
-    Raises:
-        RecordsUnavailable: when they cannot be read.
-    """
-    query = sa.select(TICKS).where(TICKS.c.time_s >= since_s).order_by(TICKS.c.id.desc())
-    if service is not None:
-        query = query.where(TICKS.c.id.in_(sa.select(DECISIONS.c.tick).where(DECISIONS.c.service == service)))
-    if tick is not None:
-        query = query.where(TICKS.c.id == tick)
-    if last is not None:
-        query = query.limit(last)
-    with database.begin() as connection:
-        rows = connection.execute(query).all()
-    return [
-        Tick(
-            id=row.id,
-            time_s=row.time_s,
-            policy=row.policy,
-            services=unpacked_names(row.services),
-            arrays=unpack(row.arrays),
-            seconds=dict(row.seconds or {}),
-            concluded=bool(row.concluded),
-        )
-        for row in reversed(rows)
-    ]
-
-
-def read_outcome(database: Database, tick: int, service: str) -> tuple[str, int]:
-    """Outcome and reasons of one decision as they are known by now.
-
-    Raises:
-        RecordsUnavailable: when they cannot be read.
-    """
-    with database.begin() as connection:
-        query = sa.select(DECISIONS.c.outcome, DECISIONS.c.reasons)
-        row = connection.execute(query.where(DECISIONS.c.tick == tick, DECISIONS.c.service == service)).one()
-    return str(row.outcome), int(row.reasons)
-
-
-def unconcluded(database: Database, services: Sequence[str]) -> set[str]:
-    """Services whose newest decision was recorded and not concluded: nobody knows whether it was carried out.
-
-    Raises:
-        RecordsUnavailable: when that cannot be read.
-    """
-    newest = (
-        sa.select(DECISIONS.c.service, sa.func.max(DECISIONS.c.tick).label("tick"))
-        .where(DECISIONS.c.service.in_(list(services)))
-        .group_by(DECISIONS.c.service)
-        .subquery()
-    )
-    query = sa.select(DECISIONS.c.service).join(
-        newest, sa.and_(DECISIONS.c.service == newest.c.service, DECISIONS.c.tick == newest.c.tick)
-    )
-    with database.begin() as connection:
-        return set(connection.execute(query.where(DECISIONS.c.outcome == PENDING)).scalars())
-
-
-def expand_secrets(url: str, environment: dict[str, str]) -> str:
-    """The URL with ${NAME} replaced by the environment's values.
-
-    >>> expand_secrets("postgresql://me:${PASSWORD}@db/jevons", {"PASSWORD": "secret"})
-    'postgresql://me:secret@db/jevons'
-
-    Raises:
-        ValueError: when a name is not set.
-    """
-    import re
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in environment:
-            raise ValueError(f"records.url names the environment variable {match[1]}, which is not set")
-        return environment[match[1]]
-
-    return re.sub(r"\$\{(\w+)\}", value, url)
-
-
-def database_file(url: str) -> Path | None:
-    """The file of an SQLite URL, None for another database."""
-    parsed = sa.make_url(url)
-    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autoscaler.records.decisions import Tick
+from autoscaler.records.ticks import Tick
 from autoscaler.versions.ladder import Rung
 from policies.contract import Reason
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autoscaler.controller import nothing_known
-from autoscaler.records.decisions import Tick
+from autoscaler.records.ticks import Tick
 from policies.contract import Decision, Floats, Policy, put_rows, take_rows
 from policies.cost_rates import modelled_cost
 from policies.decider import Decider

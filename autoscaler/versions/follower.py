@@ -320,3 +320,9 @@ class Probation:
             if cost_since > self.spec.cost_ratio * cost_before:
                 return f"cost per token rose to {cost_since / cost_before:.2f} times"
         return ""
+
+
+def is_learned(config: PolicyConfig) -> bool:
+    """Whether the reference names a bundle rather than a rule."""
+    reference = config.reference
+    return reference == "learned" or reference.endswith(".zip") or reference.startswith(REGISTRY_PREFIX)

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from envs.cluster.simulation import SimulatedCluster, pack_pools
+from envs.cluster.pools import pack_pools
+from envs.cluster.simulation import SimulatedCluster
 from envs.traffic.trace import Trace
 from policies.contract import Floats
 from policies.engine import ColdStart, EngineProfile, NonNegative, StepModel, StrictModel

@@ -8,14 +8,14 @@ This module must not know about rewards or policies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from envs.cluster import window_step
 from envs.cluster.library import RequestLibrary
+from envs.cluster.pools import pack_pools, pool_rows
+from envs.cluster.reading import SPENT, Reading, S, snapshot_of, usage_of
 from envs.cluster.state import (
-    BOOT_BINS,
     NODE,
     POOL,
     REPLICA,
@@ -29,83 +29,7 @@ from envs.cluster.window_step import POOL_COLUMNS, SERVICE_COLUMNS
 from envs.traffic.trace import Trace
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Ints, Snapshot, Target
 from policies.objective import Usage
-from policies.spec import PoolSpec, ScalingSpec, WindowSpec
-
-RECLAIMED_ROWS_SHARE = 0.5
-"""Spot pools get spare replica rows: those under notice still occupy theirs while replacements start."""
-S = {name: column for column, name in enumerate(SERVICE_COLUMNS)}
-P = {name: column for column, name in enumerate(POOL_COLUMNS)}
-_RATES = [S[name] for name in ("arrived", "arrived_prompt_tokens", "prefill_tokens", "generated_tokens", "finished")]
-_SUMS = [S[name] for name in ("finished_prompt_tokens", "finished_output_tokens", "ttft_ok", "tpot_ok")]
-_COUNTS = [S[name] for name in ("finished", "finished", "first_tokens", "finished")]
-_SPENT = slice(P["billed_replica_s"], P["busy_s"] + 1)  # replica, node, ready and busy seconds
-
-
-def pool_rows(pool: PoolSpec) -> int:
-    """Replica rows that a pool needs."""
-    spare = int(np.ceil(pool.max_replicas * RECLAIMED_ROWS_SHARE)) + 1 if pool.price_class == "spot" else 0
-    return pool.max_replicas + spare
-
-
-def pack_pools(specs: Sequence[ScalingSpec], pools: int) -> Records:
-    """Parameters of every pool of `specs` as kernel records, (len(specs), pools); absent pools have no rows."""
-    records = np.zeros((len(specs), pools), POOL)
-    records["next_storm_s"] = np.inf
-    records["max_num_seqs"] = 1
-    records["batch_cap"] = 1
-    for row, spec in enumerate(specs):
-        first = 0
-        for column, pool in enumerate(spec.pools):
-            record = records[row, column]
-            record["a"], record["b"], record["c"], record["d"], record["e"] = pool.engine.step.seconds
-            record["kv_capacity"] = pool.engine.kv_capacity_tokens
-            record["token_budget"] = pool.engine.max_num_batched_tokens
-            record["max_num_seqs"] = pool.engine.max_num_seqs
-            record["batch_cap"] = min(pool.initial_batch_cap or pool.engine.max_num_seqs, pool.engine.max_num_seqs)
-            record["first_replica"] = first
-            record["replica_rows"] = pool_rows(pool)
-            record["slots_per_node"] = pool.engine.gpus_per_node // pool.engine.gpus_per_replica
-            record["bill_per_node"] = pool.billing == "node"
-            record["node_s"] = pool.start.node_s
-            record["image_s"] = pool.start.image_s
-            record["weights_s"] = pool.start.weights_s
-            record["warmup_s"] = pool.start.warmup_s
-            record["stage_cv"] = pool.cold_start_cv
-            record["full_speed_loads"] = pool.full_speed_loads
-            if pool.price_class == "spot":
-                record["reclaim_per_s"] = pool.spot.reclaims_per_replica_day / 86400.0
-                record["storm_per_s"] = pool.spot.storms_per_day / 86400.0
-                record["storm_share"] = pool.spot.storm_share
-                record["notice_s"] = pool.spot.notice_s
-            first += int(record["replica_rows"])
-    return records
-
-
-class Reading(NamedTuple):
-    """Measurements at one time, by column: services are many, columns few. Never changed once read."""
-
-    read_s: Floats  # (n,)
-    services: Floats  # (SERVICE_COLUMNS, n)
-    pools: Floats  # (POOL_COLUMNS, P, n)
-    histograms: Floats  # (TTFT bins then TPOT bins, n), or (0, n)
-
-    def renewed(self, services: Ints) -> Reading:
-        """A copy in which the listed services (k,) are to be written; they are 0 until then."""
-        if len(services) == len(self.read_s):
-            return Reading(*(np.zeros_like(array) for array in self))
-        renewed = Reading(*(array.copy() for array in self))
-        for array in renewed:
-            array[..., services] = 0.0
-        return renewed
-
-    def patched(self, services: Ints, other: Reading) -> Reading:
-        """This reading with the listed services (k,) as in `other`."""
-        if len(services) == len(self.read_s):
-            return other
-        patched = Reading(*(array.copy() for array in self))
-        for array, new in zip(patched, other, strict=True):
-            array[..., services] = new[..., services]
-        return patched
+from policies.spec import ScalingSpec, WindowSpec
 
 
 class SimulatedCluster:
@@ -293,56 +217,18 @@ class SimulatedCluster:
 
     def read(self) -> Snapshot:
         """What a metrics system would report now: the window that ended one metrics delay ago."""
-        latest, window = self._latest, self._window()
-        span_s = np.maximum(latest.read_s - self._previous.read_s, 1e-9)
-        rates = window[_RATES] / span_s
-        with np.errstate(invalid="ignore"):  # nothing over nothing is unknown: NaN
-            means = window[_SUMS] / window[_COUNTS]
-
-        def pool(name: str) -> Floats:
-            column: Floats = latest.pools[P[name]].T
-            return column
-
-        per_bin = ((latest.histograms - self._previous.histograms) / span_s).T
-        ttft_bins = min(len(TTFT_EDGES_S) + 1, per_bin.shape[1])
-        ready = pool("replicas_ready")
-        return Snapshot(
-            time_s=latest.read_s,
-            window_s=span_s,
-            arrival_rps=rates[0],
-            prompt_tps=rates[1],
-            prefill_tps=rates[2],
-            generation_tps=rates[3],
-            finished_rps=rates[4],
-            prompt_tokens_mean=means[0],
-            output_tokens_mean=means[1],
-            queue_requests=latest.services[S["queued"]],
-            oldest_wait_s=latest.services[S["oldest_wait_s"]],
-            ttft_attainment=means[2],
-            tpot_attainment=means[3],
-            ttft_histogram_rps=per_bin[:, :ttft_bins],
-            tpot_histogram_rps=per_bin[:, ttft_bins:],
-            replicas_target=pool("replicas_target"),
-            replicas_starting=pool("replicas_starting"),
-            replicas_ready=ready,
-            replicas_draining=pool("replicas_draining"),
-            boot_pipeline=latest.pools[P["boot_soon"] : P["boot_soon"] + BOOT_BINS].T,
-            running=pool("running"),
-            waiting=pool("waiting"),
-            kv_cache_usage=pool("kv_used_tokens") / (np.maximum(ready, 1.0) * self._kv_capacity),
-            batch_cap=pool("batch_cap"),
-        )
+        return snapshot_of(self._latest, self._previous, self._window(), self._kv_capacity)
 
     def usage(self) -> Usage:
         """Cumulative usage since the start of the episode, as of the last measurement."""
         latest = self._latest
-        return _usage(latest.read_s, latest.services, latest.pools[_SPENT], latest.services[S["overdue"]])
+        return usage_of(latest.read_s, latest.services, latest.pools[SPENT], latest.services[S["overdue"]])
 
     def window_usage(self) -> Usage:
         """Usage in the last window; `overdue` is the level at its end."""
         latest, previous = self._latest, self._previous
-        spent = latest.pools[_SPENT] - previous.pools[_SPENT]
-        return _usage(latest.read_s - previous.read_s, self._window(), spent, latest.services[S["overdue"]])
+        spent = latest.pools[SPENT] - previous.pools[SPENT]
+        return usage_of(latest.read_s - previous.read_s, self._window(), spent, latest.services[S["overdue"]])
 
     def counter(self, name: str) -> Floats:
         """(n,) a cumulative service counter or level by its name in `envs.cluster.window_step.SERVICE_COLUMNS`."""
@@ -356,25 +242,3 @@ class SimulatedCluster:
         window_step.apply_all(
             self.arrays, np.ascontiguousarray(target.replicas), np.ascontiguousarray(target.batch_cap)
         )
-
-
-def _usage(span_s: Floats, services: Floats, spent: Floats, overdue: Floats) -> Usage:
-    replica_s, node_s, ready_s, busy_s = spent.transpose(0, 2, 1)
-    return Usage(
-        span_s=span_s,
-        arrivals=services[S["arrived"]],
-        rejected=services[S["rejected"]],
-        finished=services[S["finished"]],
-        ttft_ok=services[S["ttft_ok"]],
-        tpot_ok=services[S["tpot_ok"]],
-        good=services[S["good"]],
-        overdue=overdue,
-        prompt_tokens=services[S["finished_prompt_tokens"]],
-        output_tokens=services[S["finished_output_tokens"]],
-        good_tokens=services[S["good_tokens"]],
-        scale_events=services[S["scale_ups"]] + services[S["scale_downs"]],
-        replica_s=replica_s,
-        node_s=node_s,
-        ready_s=ready_s,
-        busy_s=busy_s,
-    )

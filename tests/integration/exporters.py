@@ -14,7 +14,7 @@ from live_fakes import LiveWorld
 from autoscaler.actuators.base import FleetState
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.hosting.service import LiveService
-from envs.cluster.simulation import Reading
+from envs.cluster.reading import Reading
 from envs.traffic.trace import Trace
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Snapshot, Target
 from policies.spec import ScalingSpec

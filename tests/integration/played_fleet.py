@@ -15,7 +15,7 @@ from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, pod_template
 from kube_server import KubeApiServer
 from servers import Prometheus, free_port
 
-from autoscaler.actuators.kubernetes import DELETION_COST
+from autoscaler.actuators.kubernetes_objects import DELETION_COST
 from autoscaler.emulation.engine import EmulatedEngine
 from autoscaler.emulation.server import EngineServer
 from policies.engine import EngineProfile

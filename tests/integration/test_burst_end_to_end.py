@@ -29,7 +29,7 @@ from slow_engine import slow_engine
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.hosting.service import LiveService
 from autoscaler.records.database import Database
-from autoscaler.records.decisions import Tick, read_ticks
+from autoscaler.records.ticks import Tick, read_ticks
 from policies.engine import ColdStart
 from policies.learned import load_bundle
 from policies.lineup import SHIPPED_BUNDLE

@@ -21,7 +21,7 @@ from servers import wait_until
 
 from autoscaler.hosting.config import load_live_config
 from autoscaler.records.database import CONTROLLERS, DECISIONS, LEASES, Database
-from autoscaler.records.decisions import read_ticks
+from autoscaler.records.ticks import read_ticks
 from policies.spec import shipped_configs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(580)]

@@ -34,7 +34,7 @@ from slow_engine import slow_engine
 
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.versions.counterfactuals import Counterfactuals
-from envs.cluster.simulation import Reading
+from envs.cluster.reading import Reading
 from envs.traffic.trace import Trace
 from policies.contract import Decision, Snapshot
 from policies.decider import Decider

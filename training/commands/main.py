@@ -6,21 +6,16 @@ Only typer is imported at the top; everything heavy is imported inside the comma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoscaler.commands import control as run_cli
-from autoscaler.commands import edges as edge_cli
-from envs.traffic import commands as trace_cli
+from autoscaler.commands import check, control, decisions, emulate
+from envs.traffic import commands as trace
 from policies.files import write_whole
-from training.commands import profile as profile_cli
-from training.commands import record as record_cli
-from training.commands import robustness as robustness_cli
-from training.commands import sweep as sweep_cli
-from training.commands import train as train_cli
-from training.commands import what_if as what_if_cli
+from training.commands import profile, record, robustness, sweep, train, what_if
 from training.commands.console import (
     check_writable,
     one_sentence_errors,
@@ -38,8 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # drawing the help with rich would double the time to the first line
     pretty_exceptions_show_locals=False,
 )
-app.add_typer(trace_cli.app, name="trace")
-app.add_typer(profile_cli.app, name="profile")
+app.add_typer(trace.app, name="trace")
+app.add_typer(profile.app, name="profile")
 
 QUICK_SLICE_S = (12 * 3600.0, 15 * 3600.0)
 """The part of the demo's day that ``--quick`` replays, around the maximum of the day."""
@@ -320,12 +315,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-train_cli.register(app)
-sweep_cli.register(app)
-what_if_cli.register(app)
-record_cli.register(app)
-robustness_cli.register(app)
-for command in run_cli.COMMANDS:
-    app.command()(one_sentence_errors(command))
-for command in edge_cli.COMMANDS:
+for group in (train, sweep, what_if, record, robustness):
+    group.register(app)
+LIVE: list[Callable[..., None]] = [*control.COMMANDS, *decisions.COMMANDS, check.check, emulate.emulate]
+for command in LIVE:
     app.command()(one_sentence_errors(command))

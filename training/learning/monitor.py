@@ -113,7 +113,7 @@ class Validator:
             features = result.observation.features
             attained = result.terms["attainment"]
             for name in totals:
-                totals[name] += float((episodes.weight * result.terms[name]).mean()) / episodes.spec.steps
+                totals[name] += float((episodes.reward.weight * result.terms[name]).mean()) / episodes.spec.steps
         known = ~np.isnan(attained)
         target = episodes.fleet.attainment_target
         return {

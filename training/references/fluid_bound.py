@@ -26,7 +26,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from envs.cluster.simulation import pool_rows
+from envs.cluster.pools import pool_rows
 from envs.traffic.trace import Trace
 from policies.contract import Bools, Floats, Ints
 from policies.spec import PoolSpec, ScalingSpec

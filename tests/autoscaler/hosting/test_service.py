@@ -12,7 +12,7 @@ from live_fakes import LiveWorld, burst, live_config, service_spec
 from autoscaler.authority.controls import Controls, Mode
 from autoscaler.controller import RecordsUnavailable
 from autoscaler.hosting.service import LiveService
-from autoscaler.records.decisions import read_ticks
+from autoscaler.records.ticks import read_ticks
 from policies.contract import Decision, Outcome, Reason, take_rows
 
 

@@ -12,10 +12,10 @@ from sqlalchemy import func, select, text
 
 from autoscaler.controller import RecordsUnavailable
 from autoscaler.hosting.service import LiveService
-from autoscaler.records.database import DECISIONS, STATES, TICKS, Database
-from autoscaler.records.decisions import expand_secrets, read_outcome, read_ticks
+from autoscaler.records.database import DECISIONS, STATES, TICKS, Database, expand_secrets
 from autoscaler.records.explain import MEANINGS, explained, in_words
 from autoscaler.records.replay import replay, summary
+from autoscaler.records.ticks import read_outcome, read_ticks
 from policies.baselines.static import StaticPolicy
 from policies.baselines.token_demand import TokenDemandPolicy
 from policies.contract import Reason
