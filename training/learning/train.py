@@ -33,7 +33,7 @@ from training.learning.group_baseline import GroupRolloutBuffer
 from training.learning.monitor import Log, RunState, TrainingMonitor, Validator
 from training.learning.train_config import TrainConfig
 from training.versions.registry import BUNDLE_FILE
-from training.versions.tracking import RunLog, code_version, connect, experiment_id
+from training.versions.tracking import RunLog, code_version, connect, experiment_id, run_exists
 
 VALIDATION_SEED = 20_000
 EQUALITY_PROBES = 10_000
@@ -177,7 +177,7 @@ def train_seed(
     else:
         state = course.begin()
     client = connect(config.tracking_uri)
-    bundle, known_run = folder / BUNDLE_FILE, _run_exists(client, state.mlflow_run_id)
+    bundle, known_run = folder / BUNDLE_FILE, run_exists(client, state.mlflow_run_id)
     if state.bundle_digest and known_run and bundle.is_file() and load_bundle(bundle).digest == state.bundle_digest:
         # A second export would change what is registered already.
         say(f"seed {seed}: finished before, best at {state.best_steps:,} steps {_words(state.best_point())}")
@@ -264,15 +264,6 @@ def check_same(config: TrainConfig, path: Path) -> None:
         differing.append("seeds (the first one draws the worlds)")
     if differing:
         raise ConfigError(f"{path}: the run to resume was started with another {', '.join(differing)}")
-
-
-def _run_exists(client: Any, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return bool(run_id) and client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
 
 
 def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:

@@ -97,6 +97,16 @@ class RunLog:
             self._client.set_terminated(self._run_id, status)
 
 
+def run_exists(client: Any, run_id: str) -> bool:
+    """Whether the store has the run, and nobody has deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(run_id) and client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
+
+
 def code_version() -> str:
     """Version of the package, with the commit where the code is a git checkout."""
     root = Path(__file__).resolve().parents[2]
