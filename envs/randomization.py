@@ -264,17 +264,17 @@ def _fit_ttft(spec: ScalingSpec, trace: Trace, ranges: Randomization) -> Scaling
     a, b, _, _, e = spec.pools[0].engine.step.seconds
     iterations = np.ceil(computed / spec.pools[0].engine.max_num_batched_tokens)
     prefill_s = iterations * a + computed * (b + e * (longest - 0.5 * computed))
-    least_s = ranges.ttft_slo_over_prefill * float(prefill_s)
-    return spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": max(spec.slo.ttft_s, least_s)})})
+    min_s = ranges.ttft_slo_over_prefill * float(prefill_s)
+    return spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": max(spec.slo.ttft_s, min_s)})})
 
 
 def _fit_bounds(spec: ScalingSpec, trace: Trace, ranges: Randomization, rng: np.random.Generator) -> ScalingSpec:
     """Bound every pool by a random multiple of the trace's demand peak."""
     step_s = 600.0
     peak = max(mean_demand(spec, trace, at, at + step_s) for at in np.arange(0.0, trace.duration_s, step_s))
-    most = int(np.clip(np.ceil(peak * rng.uniform(*ranges.max_over_peak)) + 1, 2, ranges.max_replicas))
+    max_replicas = int(np.clip(np.ceil(peak * rng.uniform(*ranges.max_over_peak)) + 1, 2, ranges.max_replicas))
     return spec.model_copy(
-        update={"pools": tuple(pool.model_copy(update={"max_replicas": most}) for pool in spec.pools)}
+        update={"pools": tuple(pool.model_copy(update={"max_replicas": max_replicas}) for pool in spec.pools)}
     )
 
 

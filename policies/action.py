@@ -24,7 +24,7 @@ from policies.spec import ActionSpec
 
 ACTIONS: tuple[str, ...] = ("headroom", "slack", "batch_cap", "spot_share")
 MIN_OUTPUT_BATCH_CAP = 4
-SLIVER = 0.02
+ROUNDING_TOLERANCE = 0.02
 """Part of a replica that is not worth a whole one."""
 SURGE = 3.0
 """A surge: the one-minute mean of the demand over its five-minute mean."""
@@ -41,8 +41,8 @@ def decode_action(action: npt.NDArray[Any], observation: Observation, fleet: Fle
     spot_share = clip(spec.spot_share_reference + spec.spot_share_span * outputs[3], 0.0, 1.0)
     surging = observation.features[:, SURGE_COLUMN] > np.log(SURGE)
     now = observation.demand[:, 0] / np.maximum(observation.demand_mean[:, 0], MIN_DEMAND)
-    fewest = spec.headroom_reference * np.maximum(headroom, np.where(surging, now, 0.0))
-    band = np.array([fewest, fewest * (1.0 + spec.slack_reference * slack)])
+    min_replicas = spec.headroom_reference * np.maximum(headroom, np.where(surging, now, 0.0))
+    band = np.array([min_replicas, min_replicas * (1.0 + spec.slack_reference * slack)])
     lowest, highest = allocate_each(observation.demand_mean, band, spot_share, fleet)
     in_force = observation.snapshot.replicas_target
     return Target(
@@ -56,9 +56,9 @@ def reference_batch_cap(observation: Observation, fleet: Fleet) -> npt.NDArray[n
     return _batch_cap(observation.batch_limit.T, fleet)
 
 
-def _batch_cap(wish: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
-    """Whole caps (n, P) from a wish (P, n)."""
-    return clip(np.rint(wish), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs.T).astype(np.int64).T
+def _batch_cap(caps: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
+    """Whole caps (n, P) from real ones (P, n)."""
+    return clip(np.rint(caps), MIN_OUTPUT_BATCH_CAP, fleet.max_num_seqs.T).astype(np.int64).T
 
 
 def allocate(demand: Floats, headroom: Floats, spot_share: Floats, fleet: Fleet) -> npt.NDArray[np.int64]:
@@ -122,11 +122,11 @@ def _fill(whole: Floats, room: Floats, share: Floats) -> tuple[Floats, Floats]:
         Replicas (P, k, n), and the share (k, n) that did not fit, at least 0.
     """
     # A sliver of a replica is not worth a whole one, here or elsewhere.
-    slivers = SLIVER * (room > 0)
+    tolerances = ROUNDING_TOLERANCE * (room > 0)
     replicas = []
     left = share
-    for needed, free, sliver in zip(whole, room, slivers, strict=True):
-        added = clip(np.ceil(left * needed - SLIVER), 0.0, free)
-        left = left - (added + sliver) / needed
+    for needed, free, tolerance in zip(whole, room, tolerances, strict=True):
+        added = clip(np.ceil(left * needed - ROUNDING_TOLERANCE), 0.0, free)
+        left = left - (added + tolerance) / needed
         replicas.append(added)
     return np.array(replicas), np.maximum(left, 0.0)

@@ -97,7 +97,7 @@ LEAVE_ALONE = -1
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Target:
-    """An absolute wish per pool. Absolute, so repeating a tick is harmless."""
+    """What a policy asks for, per pool, as absolute counts. Absolute, so repeating a tick is harmless."""
 
     replicas: Ints  # (n, P) starting plus ready
     batch_cap: Ints  # (n, P) concurrent requests admitted per replica
@@ -153,7 +153,7 @@ class Policy(Protocol):
         ...
 
     def propose(self, observation: Observation) -> Target:
-        """The wish for the next window, before guardrails."""
+        """The target for the next window, before guardrails."""
         ...
 
 

@@ -40,14 +40,14 @@ class Decider:
         self._batch_cap = np.ones((n, fleet.pools), np.int64, order="F")
         self._changed_s = np.full(n, -np.inf)
         self._before = (self._replicas, self._batch_cap, self._changed_s)  # as they were before the last `settle`
-        self._strangers = True  # whether any target in force is unknown
+        self._any_unknown = True  # whether any target in force is unknown
 
     def reset(self, services: Bools | None = None) -> None:
         """Forget the masked services, all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._builder.reset(rows)
         self._replicas[rows] = -1
-        self._strangers = True
+        self._any_unknown = True
         self._batch_cap[rows] = 1
         self._changed_s[rows] = -np.inf
 
@@ -92,13 +92,13 @@ class Decider:
         rows = services[:, np.newaxis]
         self._replicas = np.where(rows, replicas, self._replicas)
         self._batch_cap = np.where(rows, batch_cap, self._batch_cap)
-        self._strangers = bool((self._replicas < 0).any())
+        self._any_unknown = bool((self._replicas < 0).any())
         self._changed_s = np.where(services, changed_s, self._changed_s)
 
     def release(self, services: Bools) -> None:
         """The next window says what is in force for the masked services: somebody else has set it."""
         self._replicas = np.where(services[:, np.newaxis], -1, self._replicas)
-        self._strangers = True
+        self._any_unknown = True
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All that a restarted core needs to go on as if nothing had happened: arrays with leading axis n."""
@@ -111,7 +111,7 @@ class Decider:
         self._batch_cap = np.asarray(state["batch_cap"], np.int64).copy(order="F")
         self._changed_s = np.asarray(state["changed_s"], np.float64).copy()
         self._before = (self._replicas, self._batch_cap, self._changed_s)
-        self._strangers = True
+        self._any_unknown = True
         self._builder.restore(state)
 
     def tick(self, snapshot: Snapshot, policy: Policy) -> Decision:
@@ -137,7 +137,7 @@ class Decider:
         moved = sum_pools(settled.replicas) != sum_pools(before)
         # Copies: a later reset must not reach into decisions already made.
         replicas = settled.replicas.copy(order="F")
-        if self._strangers:  # what is unknown stays so
+        if self._any_unknown:  # what is unknown stays so
             unknown = min_pools(before) < 0
             moved &= ~unknown
             replicas[unknown] = -1
@@ -152,7 +152,7 @@ class Decider:
             observation=observation,
             fleet=self.fleet,
             spec=self.guardrails,
-            current=np.maximum(replicas, 0) if self._strangers else replicas,
+            current=np.maximum(replicas, 0) if self._any_unknown else replicas,
             current_cap=batch_cap,
             quiet_s=observation.snapshot.time_s - changed_s,
         )
@@ -162,7 +162,7 @@ class Decider:
 
         An unknown target is what runs or starts, an unknown cap the engine's own; without replica counts, wait.
         """
-        if not self._strangers:
+        if not self._any_unknown:
             return
         running = snapshot.replicas_ready + snapshot.replicas_starting
         target = np.where(np.isnan(snapshot.replicas_target), running, snapshot.replicas_target)
@@ -170,4 +170,4 @@ class Decider:
         cap = np.where(np.isnan(snapshot.batch_cap), self.fleet.max_num_seqs, snapshot.batch_cap)
         self._replicas[new] = target[new].astype(np.int64)
         self._batch_cap[new] = cap[new].astype(np.int64)
-        self._strangers = bool((self._replicas < 0).any())
+        self._any_unknown = bool((self._replicas < 0).any())

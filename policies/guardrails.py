@@ -81,7 +81,7 @@ def _lifted(proposed: Ints, current: Ints, demand: Floats, limits: Limits) -> In
     """Replicas (k, P) that cover the demand (k, P), and no less than in force or proposed."""
     # The floor depends on what is in force alone, not on the proposal, so settling twice changes nothing.
     growth = 1.0 / clip(sum_pools(current / demand), 1e-6, 1.0)
-    highest = np.maximum(limits.most, current)
+    highest = np.maximum(limits.high, current)
     floor = np.minimum(np.ceil(current * growth[:, np.newaxis] - 1e-9), highest).astype(np.int64)
     for pool in range(floor.shape[1]):
         missing = np.ceil((1.0 - sum_pools(floor / demand)) * np.minimum(demand[:, pool], 1e9) - 1e-9)
@@ -98,8 +98,8 @@ def _lifted(proposed: Ints, current: Ints, demand: Floats, limits: Limits) -> In
 class Limits:
     """The hard limits on replicas (k, P)."""
 
-    least: Ints  # (k, P)
-    most: Ints  # (k, P)
+    low: Ints  # (k, P)
+    high: Ints  # (k, P)
     gpus: Floats  # (k, P) per replica
     spec: GuardrailSpec
 
@@ -112,7 +112,7 @@ class Limits:
 
     def within_bounds(self, replicas: Ints) -> Ints:
         """Between minimum and maximum."""
-        return clip(replicas, self.least, self.most)
+        return clip(replicas, self.low, self.high)
 
     def within_budget(self, replicas: Ints, current: Ints) -> Ints:
         """First everything in force is kept, then pools grow in their order until the GPU budget is spent."""

@@ -181,7 +181,7 @@ class LearnedPolicy(Durable):
             low=MISS_PRICES[0],
             high=MISS_PRICES[1],
             log=True,
-            most=MISS_PRICES[1],
+            limit=MISS_PRICES[1],
             meaning="price of a miss to begin with, in costs of serving a request",
         ),
     )
@@ -241,7 +241,7 @@ class LearnedPolicy(Durable):
         return np.asarray(excess.max(axis=1))
 
     def propose(self, observation: Observation) -> Target:
-        """The network's wish with the dial where the error budget has put it."""
+        """The network's proposal with the dial where the error budget has put it."""
         features = observation.features.copy()
         features[:, MISS_PRICE_COLUMN] = encode_miss_price(self._dial.update(observation.snapshot))
         return decode_action(self.outputs(features), observation, self._fleet, self._interface.action)

@@ -197,12 +197,12 @@ def starting_spec(entry: Entry, spec: ScalingSpec) -> ScalingSpec:
     """
     if entry.kind != CONSTANT or spec.guardrails.gpu_budget is not None:
         return spec
-    most = [pool.max_replicas for pool in spec.pools]
+    largest = [pool.max_replicas for pool in spec.pools]
     share = entry.parameters.get("share", 1.0)
     assert isinstance(share, int | float)
-    wanted = entry.parameters.get("replicas", [math.ceil(share * size - 1e-9) for size in most])
-    sizes = wanted * len(most) if isinstance(wanted, list) and len(wanted) == 1 else wanted
-    if not isinstance(sizes, list) or len(sizes) != len(most):
+    wanted = entry.parameters.get("replicas", [math.ceil(share * size - 1e-9) for size in largest])
+    sizes = wanted * len(largest) if isinstance(wanted, list) and len(wanted) == 1 else wanted
+    if not isinstance(sizes, list) or len(sizes) != len(largest):
         return spec  # `build` says what is wrong
     pools = tuple(
         pool

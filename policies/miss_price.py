@@ -28,18 +28,18 @@ RISE = 1.0
 """What missing an hour's budget adds to the log of the price."""
 KNOWN_RISE = 0.25
 """The same where the first price was found on the service's own traffic: an hour says little beside days."""
-CREST = 0.5
-"""Most that the misses of one crowd add to it."""
-RELUCTANCE = 0.25
-"""Share of the usual fall that is left where the last crowd struck."""
+MAX_RISE_PER_BURST = 0.5
+"""Most that the misses of one burst add to it."""
+SLOW_FALL = 0.25
+"""Share of the usual fall that is left where the last burst struck."""
 EDGE = 0.3
-"""How far above the log price at which a crowd struck it is too low still."""
-NOTICE = 0.05
-"""Share of an hour's allowance that must be missed in one window to say that a crowd has struck."""
+"""How far above the log price at which a burst struck it is too low still."""
+BURST_SHARE = 0.05
+"""Share of an hour's allowance that must be missed in one window to say that a burst has struck."""
 QUIET_S = 600.0
-"""A crowd is over after this long without such a window."""
-CROWD_S = 1800.0
-"""What lasts longer is no crowd but the load: it counts as another one."""
+"""A burst is over after this long without such a window."""
+MAX_BURST_S = 1800.0
+"""What lasts longer is no burst but the load: it counts as another one."""
 
 
 class Course(NamedTuple):
@@ -52,10 +52,10 @@ class Course(NamedTuple):
 class MissPriceDial(Durable):
     """An integrator per service on the misses, in units of what an hour allows.
 
-    Two things keep the price from swinging. One crowd says only that it was too low, not by how much: most of what is
-    missed comes before replicas can start, whatever the price. So it adds `CREST` at most. And where the edge is
-    steep, as a fleet that is a tenth smaller may serve a third of the requests too late, going there again must not be
-    cheap: up to a little above the price at which the last crowd struck, it falls with `RELUCTANCE`.
+    Two things keep the price from swinging. One burst says only that it was too low, not by how much: most of what is
+    missed comes before replicas can start, whatever the price. So it adds `MAX_RISE_PER_BURST` at most. And a
+    fleet that is a tenth smaller may serve a third of the requests too late, so going there again must not be cheap: up
+    to a little above the price at which the last burst struck, it falls with `SLOW_FALL`.
 
     It starts where all allowed misses together cost the same, whatever the target: a miss that is allowed once in a
     hundred requests is dearer than one in ten. Where a price is known that serves a recording of the service's own
@@ -76,7 +76,7 @@ class MissPriceDial(Durable):
         self.log_price: Floats = self._course.first.copy()
         self._began_at = self._course.first.copy()
         n = len(fleet)
-        # Of the last crowd: the log price when it struck, and the time since then and since its last sign.
+        # Of the last burst: the log price when it struck, and the time since then and since its last sign.
         self._struck_at = np.full(n, -np.inf)  # nowhere yet
         self._struck_s, self._quiet_s = np.full(n, np.inf), np.full(n, np.inf)
 
@@ -99,18 +99,18 @@ class MissPriceDial(Durable):
         """Account for one window; the natural log of the price (n,). Windows without a measurement change nothing."""
         missed, allowed_rps, seconds, known = self._budget.account(snapshot)
         spent_hours = missed / np.maximum(3600.0 * allowed_rps, 1e-12)
-        self._notice(spent_hours > NOTICE, known, seconds)
-        room = np.maximum(self._struck_at + CREST - self.log_price, 0.0)
+        self._find_bursts(spent_hours > BURST_SHARE, known, seconds)
+        room = np.maximum(self._struck_at + MAX_RISE_PER_BURST - self.log_price, 0.0)
         rise = np.minimum(self._course.rise * spent_hours, np.where(self._quiet_s <= QUIET_S, room, np.inf))
         steep = self.log_price <= self._struck_at + EDGE
-        fall = self._course.rise * AIM * seconds / 3600.0 * np.where(steep, RELUCTANCE, 1.0)
+        fall = self._course.rise * AIM * seconds / 3600.0 * np.where(steep, SLOW_FALL, 1.0)
         moved = np.clip(self.log_price + rise - fall, self.low, self.high)
         self.log_price = np.where(known, moved, self.log_price)
         return self.log_price
 
-    def _notice(self, struck: Bools, known: Bools, seconds: Floats) -> None:
-        """Account for crowds."""
-        another = known & struck & ((self._quiet_s > QUIET_S) | (self._struck_s > CROWD_S))
+    def _find_bursts(self, struck: Bools, known: Bools, seconds: Floats) -> None:
+        """Account for bursts."""
+        another = known & struck & ((self._quiet_s > QUIET_S) | (self._struck_s > MAX_BURST_S))
         self._struck_at = np.where(another, self.log_price, self._struck_at)
         self._struck_s = np.where(another, 0.0, np.where(known, self._struck_s + seconds, self._struck_s))
         self._quiet_s = np.where(known, np.where(struck, 0.0, self._quiet_s + seconds), self._quiet_s)

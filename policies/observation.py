@@ -89,8 +89,8 @@ LOGS = (
     "log_request_seconds",
 )
 """Features that are the natural log of a ratio, within -4..4."""
-LEAST_RATIO, GREATEST_RATIO = math.exp(-4.0), math.exp(4.0)
-AT_MOST = {
+MIN_RATIO, MAX_RATIO = math.exp(-4.0), math.exp(4.0)
+CEILINGS = {
     "demand_variation_300s": 3.0,
     "log_provisioned": 4.0,
     "provisioned_over_maximum": 2.0,
@@ -110,12 +110,12 @@ AT_MOST = {
 }
 """Upper limits of the features that are no logs."""
 _LOG_ROWS = [FEATURES.index(name) for name in LOGS]
-_AT_MOST = np.array([[AT_MOST.get(name, np.inf)] for name in FEATURES], np.float32)
+_CEILINGS = np.array([[CEILINGS.get(name, np.inf)] for name in FEATURES], np.float32)
 _DECAY_S = np.array([*MEMORIES_S, PEAK_MEMORY_S, SCALING_MEMORY_S])[:, np.newaxis]
 
 
 def _log(ratio: npt.NDArray[Any]) -> Floats:
-    logs: Floats = np.log(clip(ratio, LEAST_RATIO, GREATEST_RATIO))
+    logs: Floats = np.log(clip(ratio, MIN_RATIO, MAX_RATIO))
     return logs
 
 
@@ -326,7 +326,7 @@ class ObservationBuilder:
         }
         encoded = np.array([values[name] for name in FEATURES], np.float32)
         encoded[_LOG_ROWS] = _log(encoded[_LOG_ROWS])
-        return np.minimum(encoded, _AT_MOST).T.copy()
+        return np.minimum(encoded, _CEILINGS).T.copy()
 
 
 def _static_features(fleet: Fleet) -> Floats:

@@ -22,7 +22,7 @@ from policies.error_budget import ErrorBudget, Fading
 from policies.fleet import Fleet
 from policies.latency import slower
 
-LEAST, MOST = 0.5, 3.0
+MIN_HEADROOM, MAX_HEADROOM = 0.5, 3.0
 """Lowest and highest headroom."""
 MEMORY_S = 300.0
 """Time constant of the miss rate, seconds: a burst of misses is answered while it lasts, and forgotten after it."""
@@ -30,7 +30,7 @@ AIM = 0.5
 """Share of the error budget that may be spent: what is left absorbs the next burst."""
 RISE = 0.4
 """What an hour adds to the log of the headroom, per unit of burn rate above the aim."""
-MOST_BURN = 20.0
+MAX_BURN = 20.0
 """Largest burn rate above the aim that counts."""
 PATIENCE = 0.2
 """Share of the fastest rise that is left while an earlier one has not taken effect."""
@@ -81,7 +81,7 @@ class HeadroomDial(Durable):
         starting = sum_pools(np.nan_to_num(snapshot.replicas_starting)) > 0
         full = ~any_pool(np.nan_to_num(snapshot.replicas_target) < self.fleet.max_replicas)
         self._full_s = np.where(full, self._full_s + seconds, 0.0)
-        counted = np.minimum(burn, AIM + np.where(starting | full, PATIENCE, 1.0) * MOST_BURN)
+        counted = np.minimum(burn, AIM + np.where(starting | full, PATIENCE, 1.0) * MAX_BURN)
         counted = np.where(self._full_s > STUCK_S, np.minimum(counted, AIM), counted)
         hours = seconds / 3600.0
         moved = self._within(self.log_headroom + RISE * (counted - AIM) * hours)
@@ -90,7 +90,7 @@ class HeadroomDial(Durable):
 
     @staticmethod
     def _within(log_headroom: Floats) -> Floats:
-        return np.asarray(np.clip(log_headroom, math.log(LEAST), math.log(MOST)))
+        return np.asarray(np.clip(log_headroom, math.log(MIN_HEADROOM), math.log(MAX_HEADROOM)))
 
 
 class SelfTunedPolicy(Durable):
@@ -117,7 +117,7 @@ class SelfTunedPolicy(Durable):
         self.policy.reset(services)
 
     def propose(self, observation: Observation) -> Target:
-        """The policy's wish for a load `headroom` times as heavy."""
+        """The policy's proposal for a load `headroom` times as heavy."""
         return self.policy.propose(heavier(observation, np.exp(self._dial.update(observation.snapshot))))
 
 

@@ -122,7 +122,7 @@ class KubernetesActuator:
         lines = []
         places = {(target.namespace, target.kind) for target in self._targets.values()}
         for namespace, kind in sorted(places, key=str):
-            wishes = [
+            needed = [
                 ("get", kind.group, kind.plural, "scale"),
                 ("update", kind.group, kind.plural, "scale"),
                 ("list", kind.group, kind.plural, ""),
@@ -130,8 +130,8 @@ class KubernetesActuator:
                 ("list", "autoscaling", "horizontalpodautoscalers", ""),
             ]
             if self.config.least_loaded_first:
-                wishes.append(("patch", "", "pods", ""))
-            for verb, group, resource, sub in wishes:
+                needed.append(("patch", "", "pods", ""))
+            for verb, group, resource, sub in needed:
                 what = f"may {verb} {resource}{'/' + sub if sub else ''} in {namespace}"
                 try:
                     ok = self._api.allowed(verb, group, resource, sub, namespace)

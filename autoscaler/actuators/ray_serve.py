@@ -79,18 +79,18 @@ class RayServeActuator:
 
     def apply(self, target: Target) -> None:
         """Set what differs, all services in one write. Raises `PartlyFailed`."""
-        wishes = list(wanted(target, self._pools))
-        if not wishes:
+        targets = list(wanted(target, self._pools))
+        if not targets:
             return
         try:
             details = self._details()
         except ServeError as error:
-            raise PartlyFailed({pool.service: str(error) for pool, _, _ in wishes}) from None
+            raise PartlyFailed({pool.service: str(error) for pool, _, _ in targets}) from None
         failures: dict[str, str] = {}
         body = declared(details)
         before = copy.deepcopy(body)
         scales: list[tuple[PoolName, int, Json]] = []
-        for pool, replicas, cap in wishes:
+        for pool, replicas, cap in targets:
             try:
                 self._edit(pool, replicas, cap, details, body, scales)
             except ServeError as error:
@@ -101,7 +101,7 @@ class RayServeActuator:
                     entry["num_replicas"] = replicas
                 self._ask("PUT", APPLICATIONS, body)
         except ServeError as error:
-            raise PartlyFailed({pool.service: str(error) for pool, _, _ in wishes}) from None
+            raise PartlyFailed({pool.service: str(error) for pool, _, _ in targets}) from None
         for pool, replicas, _ in scales:
             application, deployment = self._places[pool]
             path = f"/api/v1/applications/{application}/deployments/{deployment}/scale"
@@ -180,7 +180,7 @@ class RayServeActuator:
         body: Json,
         scales: list[tuple[PoolName, int, Json]],
     ) -> None:
-        """Write one pool's wish into the body; a count for the external scaler goes to `scales`, with its entry."""
+        """Write one pool's target into the body; a count for the external scaler goes to `scales`, with its entry."""
         application, deployment = self._places[pool]
         found = self._deployment(details, pool)
         if found is None:

@@ -71,7 +71,7 @@ class Revalidation:
         kept = np.where(waiting[:, np.newaxis], np.maximum(settled.replicas, current.replicas), settled.replicas)
         gentle = np.minimum(np.maximum(settled.replicas, candidate), np.maximum(current.replicas, settled.replicas))
         replicas = np.where(passed[:, np.newaxis], gentle, kept)
-        # A candidate stays while the wish stays; what no longer fits, or was carried out, is forgotten.
+        # A candidate stays while the proposal stays; what no longer fits, or was carried out, is forgotten.
         begin = down & enough & ~announced
         stay = down & enough & announced & ~passed
         self._since_s = np.where(begin, time_s, np.where(stay, self._since_s, np.inf))

@@ -103,7 +103,7 @@ class LiveSupervisor:
         modes = np.array([mode.value for mode in self._heartbeat.pulse.modes])
         peers = self._counterfactuals.of(decision.settled, observation, self._decider)
         reasons = decision.reasons | self._ladder.reasons
-        # The core names a rule only where it changed the wish; a held row must say why it is held in any case.
+        # The core names a rule only where it changed the proposal; a held row must say why it is held in any case.
         reasons = np.where(observation.blind, reasons | int(Reason.MISSING_METRICS), reasons)
         held = (decision.outcome == Outcome.HELD) | (self._ladder.rung == Rung.HOLD)
         for rows, reason in self._stops(modes):

@@ -95,9 +95,9 @@ class LiveConfig(StrictModel):
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise ValueError(f"services: {twice[0]!r} is there twice; every service needs its own name")
-        strangers = sorted(set(self.policy.first_prices) - set(names))
-        if strangers:
-            raise ValueError(f"policy.first_prices: there is no service {strangers[0]!r}")
+        unknown = sorted(set(self.policy.first_prices) - set(names))
+        if unknown:
+            raise ValueError(f"policy.first_prices: there is no service {unknown[0]!r}")
         first = self.services[0]
         for spec in self.services[1:]:
             if spec.interface != first.interface or spec.guardrails != first.guardrails:

@@ -1,6 +1,6 @@
 """What other policies would have done at the same tick, and what that would have cost.
 
-Each peer sees the same observation from the same target in force, and its wish goes through the same guardrails.
+Each peer sees the same observation from the same target in force, and its proposal goes through the same guardrails.
 This module must not know who decided in earnest.
 """
 

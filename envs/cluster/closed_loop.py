@@ -33,7 +33,7 @@ class LoadProtocol(StrictModel):
     """How a closed-loop measurement was run, as far as it changes the mean latencies."""
 
     requests_per_client: int = Field(default=10, ge=1, le=1000, description="Requests sent per client.")
-    most_requests: int | None = Field(
+    max_requests: int | None = Field(
         default=None, ge=1, description="Requests of a run at most, however many clients; each sends at least one."
     )
     start: Literal["burst", "steady"] = Field(
@@ -66,8 +66,8 @@ def loop_lengths(protocol: LoadProtocol, output_tokens: int, concurrency: int) -
     The load generator and the simulation both call this, so they serve the same requests.
     """
     requests = concurrency * protocol.requests_per_client
-    if protocol.most_requests is not None:
-        requests = max(concurrency, min(requests, protocol.most_requests))
+    if protocol.max_requests is not None:
+        requests = max(concurrency, min(requests, protocol.max_requests))
     if protocol.length_spread > 0.0:
         rng = np.random.default_rng((LENGTH_SEED, output_tokens, concurrency))
         factors = 1.0 + protocol.length_spread * rng.uniform(-1.0, 1.0, requests)

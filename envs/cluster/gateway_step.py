@@ -36,12 +36,12 @@ def take_arrivals(st, v, now_s):
 
 @njit(**KERNEL)
 def _pick(st, v, needed_kv):
-    """Replica of service `v` with the least load among those whose KV cache can ever hold the request, or -1."""
+    """Replica of service `v` with the lowest_load load among those whose KV cache can ever hold the request, or -1."""
     best = -1
-    least = INF
+    lowest_load = INF
     for g in range(v * st.rows, st.service[v].live_end):
-        if st.load[g] < least and st.pool[st.replica[g].pool].kv_capacity >= needed_kv:
-            least = st.load[g]
+        if st.load[g] < lowest_load and st.pool[st.replica[g].pool].kv_capacity >= needed_kv:
+            lowest_load = st.load[g]
             best = g
     return best
 
@@ -52,11 +52,11 @@ def dispatch(st, v, now_s):
     service = st.service[v]
     service.freed = 0
     while service.queued > 0:
-        least = INF
+        lowest_load = INF
         best = -1
         for g in range(v * st.rows, st.service[v].live_end):
-            if st.load[g] < least:
-                least = st.load[g]
+            if st.load[g] < lowest_load:
+                lowest_load = st.load[g]
                 best = g
         if best < 0:
             return

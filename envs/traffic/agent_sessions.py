@@ -107,12 +107,12 @@ def sample_sessions(sessions: int, rng: np.random.Generator) -> AgentCalls:
     limit[large] = MAX_CONTEXT_TOKENS
     prompt = np.empty(total)
     compacted = np.zeros(total, bool)
-    for first, count, prompt_start, most in zip(starts, calls, first_prompt, limit, strict=True):
+    for first, count, prompt_start, max_tokens in zip(starts, calls, first_prompt, limit, strict=True):
         growth[first] = prompt_start
         at = first
         while at < first + count:
             grown = np.cumsum(growth[at : first + count])
-            fitting = max(1, int(np.searchsorted(grown, most, "right")))
+            fitting = max(1, int(np.searchsorted(grown, max_tokens, "right")))
             prompt[at : at + fitting] = np.minimum(grown[:fitting], MAX_CONTEXT_TOKENS)
             at += fitting
             if at < first + count:

@@ -74,7 +74,7 @@ class AibrixPolicy(SinglePoolPolicy):
         self._average.reset(rows)
         self._recommended.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The algorithm's count, after the cooldown."""
         ready = np.maximum(service.ready, 1.0)
         average = service.kv_usage if self.metric == "kv_usage" else service.in_system / ready / service.slots
@@ -83,7 +83,7 @@ class AibrixPolicy(SinglePoolPolicy):
         current = service.current
         desired = apa(self._average.mean(service.time_s) / self.target, current, self.tolerance)
         self._recommended.add(service.time_s, desired, known)
-        kept = self._recommended.least if self.cooldown == "lowest" else self._recommended.most
+        kept = self._recommended.min if self.cooldown == "lowest" else self._recommended.max
         fallen = np.minimum(kept(service.time_s), current)
         return np.where(known, np.where(desired < current, fallen, desired), np.nan)
 

@@ -51,7 +51,7 @@ class AutothrottlePolicy(SinglePoolPolicy):
     name = "autothrottle"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter("use_factor", 1.0, 0.3, 4.0, log=True, meaning="factor on the demand in use"),
-        Parameter("explore", EXPLORE, 0.0, 0.5, zero=True, most=1.0, meaning="probability of a neighbour"),
+        Parameter("explore", EXPLORE, 0.0, 0.5, zero=True, limit=1.0, meaning="probability of a neighbour"),
         SPOT_SHARE,
     )
     tick_s = 1.0
@@ -92,7 +92,7 @@ class AutothrottlePolicy(SinglePoolPolicy):
         self._margin[rows] = 0.0
         self._before[rows] = np.nan
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The captain's count for the tower's set-point."""
         snapshot, time_s = service.snapshot, service.time_s
         use = observation.demand_occupancy[:, 0] * self.use_factor
@@ -114,12 +114,12 @@ class AutothrottlePolicy(SinglePoolPolicy):
         grown = np.ceil(current * (1.0 + throttled - 3.0 * target) - 1e-9)
         # A spike after a step down takes it back.
         grown = np.fmax(grown, np.where(spike, self._before, np.nan))
-        wanted = self._use.most(time_s) + self._use.deviation(time_s) * self._margin
+        wanted = self._use.max(time_s) + self._use.deviation(time_s) * self._margin
         shrunk = np.maximum(np.ceil(np.maximum(wanted, MAX_SHRINK * current) - 1e-9), 1.0)
         smaller = ~spike & (wanted <= SHRINK_BELOW * current) & (shrunk < current)
-        wish = np.where(spike, grown, np.where(smaller, shrunk, current))
+        desired = np.where(spike, grown, np.where(smaller, shrunk, current))
         self._before = np.where(known & smaller, current, np.where(known & spike, np.nan, self._before))
-        return np.where(known, wish, np.nan)
+        return np.where(known, desired, np.nan)
 
     def _learn(self, service: Service, due: Bools, fresh: Bools) -> None:
         """Book the minute's cost under the set-point it was run with, and pick the next one."""

@@ -114,7 +114,7 @@ class DynamoLoadPolicy(SinglePoolPolicy):
         """Forget lengths."""
         self._lengths.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """One step, or none while the last one is under way."""
         self._lengths.update(service)
         replica = Replica(service, self.fleet)

@@ -151,7 +151,7 @@ class DynamoThroughputPolicy(SinglePoolPolicy):
         raised = self.place(self._floor, Service.of(observation.snapshot, self.fleet, loaded.replicas.astype(float)))
         return self._placement.target(np.where(lacking[:, np.newaxis], raised, loaded.replicas))
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The count for the next interval."""
         fleet, snapshot = self.fleet, service.snapshot
         self._lengths.update(service)

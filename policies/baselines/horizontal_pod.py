@@ -82,13 +82,13 @@ class Behavior:
         self._changes.add(self._last_s, np.stack([np.maximum(changed, 0.0), np.maximum(-changed, 0.0)], axis=-1))
         self._last, self._last_s = current.copy(), time_s.copy()
         self._fresh = self._fresh & ~due
-        lowest = np.fmin(desired, self._recommended.least(time_s, self.up.stabilization_s))
-        highest = np.fmax(desired, self._recommended.most(time_s, self.down.stabilization_s))
+        lowest = np.fmin(desired, self._recommended.min(time_s, self.up.stabilization_s))
+        highest = np.fmax(desired, self._recommended.max(time_s, self.down.stabilization_s))
         self._recommended.add(time_s, desired, due)
         stable = np.minimum(np.maximum(current, lowest), highest)
-        most = self._limit(time_s, current, self.up, 1.0)
-        least = self._limit(time_s, current, self.down, -1.0)
-        return np.where(np.isnan(desired), np.nan, np.clip(stable, np.minimum(least, current), most))
+        high = self._limit(time_s, current, self.up, 1.0)
+        low = self._limit(time_s, current, self.down, -1.0)
+        return np.where(np.isnan(desired), np.nan, np.clip(stable, np.minimum(low, current), high))
 
     def _limit(self, time_s: Floats, current: Floats, rules: ScalingRules, sign: float) -> Floats:
         """The furthest that one direction may go in the current period."""

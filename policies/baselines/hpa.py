@@ -70,7 +70,7 @@ class HpaPolicy(SinglePoolPolicy):
         """Forget recommendations."""
         self.behavior.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The recommendation, stabilised and limited."""
         target = np.maximum(self.target_share * service.slots, 1e-9)
         desired = recommend(service.in_system, target, service.current, service.ready, self.tolerance)

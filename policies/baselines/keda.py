@@ -73,7 +73,7 @@ class KedaPolicy(SinglePoolPolicy):
         self._poll.reset(rows)
         self._active_s[rows] = np.nan
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The HPA's answer from one replica on, KEDA's own between none and one."""
         load = np.asarray(getattr(service, self.trigger))
         known = ~np.isnan(load)

@@ -44,7 +44,7 @@ class KnativePolicy(SinglePoolPolicy):
     name = "knative"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter("target", 100.0, 0.5, 1000.0, log=True, meaning="concurrency per replica"),
-        Parameter("utilization", 0.7, 0.3, 1.0, most=1.0, meaning="share of the target that is aimed at"),
+        Parameter("utilization", 0.7, 0.3, 1.0, limit=1.0, meaning="share of the target that is aimed at"),
         Parameter("stable_window_s", 60.0, 15.0, 3600.0, log=True, meaning="window of the stable count"),
         Parameter("panic_threshold", 2.0, 1.1, 10.0, log=True, meaning="panic count over ready replicas"),
         Parameter("max_scale_down_rate", 2.0, 1.05, 10.0, log=True, meaning="most that one step divides by"),
@@ -89,7 +89,7 @@ class KnativePolicy(SinglePoolPolicy):
         """(n,) services in panic."""
         return ~np.isneginf(self._panic_s)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The stable count, or in panic the highest seen."""
         time_s, load = service.time_s, service.in_system
         known = due & ~np.isnan(load)
@@ -100,9 +100,9 @@ class KnativePolicy(SinglePoolPolicy):
         panic = np.ceil(np.where(np.isnan(recent), load, recent) / self.target - 1e-9)
         ready = np.maximum(service.ready, 1.0)
         over = panic / ready >= self.panic_threshold
-        least = np.floor(ready / self.max_scale_down_rate)
-        most = np.ceil(MAX_SCALE_UP_RATE * ready)
-        stable, panic = np.clip(stable, least, most), np.clip(panic, least, most)
+        low = np.floor(ready / self.max_scale_down_rate)
+        high = np.ceil(MAX_SCALE_UP_RATE * ready)
+        stable, panic = np.clip(stable, low, high), np.clip(panic, low, high)
 
         started = known & self._fresh & (service.current > 1)
         self._panic_peak = np.where(started, service.current, self._panic_peak)
@@ -115,4 +115,4 @@ class KnativePolicy(SinglePoolPolicy):
         self._panic_peak = np.where(known & self.panicking, highest, self._panic_peak)
         count = np.where(self.panicking, highest, stable)
         self._delayed.add(time_s, count, known)
-        return np.where(known, np.fmax(count, self._delayed.most(time_s)), np.nan)
+        return np.where(known, np.fmax(count, self._delayed.max(time_s)), np.nan)

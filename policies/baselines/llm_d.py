@@ -1,7 +1,7 @@
 """llm-d's autoscaling through KEDA and an HPA: on latency objectives, on requests in flight, on tokens.
 
 Source: llm-d autoscaling guides and their ScaledObjects (KEDA with the endpoint picker's metrics). Each signal becomes
-a wished count every 15 s, which passes an HPA's 10 % tolerance and the guide's own behaviour.
+a desired count every 15 s, which passes an HPA's 10 % tolerance and the guide's own behaviour.
 Read with care: the SLO law's falling back to no change below its own count, the second threshold of the in-flight
 trigger and what exactly counts as tokens in flight are not written down in what could be read, so these three are
 *after* llm-d rather than faithful to the letter. Predicted latencies (preferred there) are left out; the actual ones
@@ -82,7 +82,7 @@ class LlmdSloPolicy(SinglePoolPolicy):
             window.reset(rows)
         self._behavior.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The law's count, stabilised and limited."""
         snapshot, time_s, fleet = service.snapshot, service.time_s, self.fleet
         signals = []
@@ -115,8 +115,8 @@ def slo_law(strain: Floats, current: Floats, ready: Floats, up: float = 0.55, do
     share = np.where(partial, ready / np.maximum(current, 1.0), 1.0)
     more = current + np.maximum(np.ceil(current * (strain * share / up - 1.0) - 1e-9), 0.0)
     less = current - np.floor(current * (1.0 - strain / down) + 1e-9)
-    wish = np.where(strain > up, more, np.where(strain < down, less, current))
-    return np.where(np.isnan(strain), np.nan, wish)
+    desired = np.where(strain > up, more, np.where(strain < down, less, current))
+    return np.where(np.isnan(strain), np.nan, desired)
 
 
 class LlmdInFlightPolicy(SinglePoolPolicy):
@@ -162,7 +162,7 @@ class LlmdInFlightPolicy(SinglePoolPolicy):
         """Forget recommendations."""
         self._behavior.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The larger of both triggers, stabilised and limited."""
         needed = np.maximum(service.running / self.threshold, service.waiting / self.queue_threshold)
         current = service.current
@@ -223,7 +223,7 @@ class LlmdTokensPolicy(SinglePoolPolicy):
         self._behavior.reset(rows)
         self._prompt[rows] = np.nan
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The larger of both signals, stabilised and limited."""
         fleet, snapshot = self.fleet, service.snapshot
         self._prompt = np.where(np.isnan(snapshot.prompt_tokens_mean), self._prompt, snapshot.prompt_tokens_mean)

@@ -27,7 +27,7 @@ class Parameter:
         whole: a whole number.
         choices: the words to choose from; the range means nothing then.
         zero: whether 0 is a value that makes sense; below 0 nothing is.
-        most: largest value that makes sense.
+        limit: largest value that makes sense.
         needs_spot: only matters where spot and on-demand pools stand side by side.
         meaning: in a few words, for tables.
     """
@@ -40,7 +40,7 @@ class Parameter:
     whole: bool = False
     choices: tuple[str, ...] = ()
     zero: bool = False
-    most: float = math.inf
+    limit: float = math.inf
     needs_spot: bool = False
     meaning: str = ""
 
@@ -51,8 +51,8 @@ class Parameter:
             return f"one of {', '.join(self.choices)}"
         if self.whole:
             return f"a whole number of at least {0 if self.zero else 1}"
-        if self.most < math.inf:
-            return f"a number from 0 to {self.most:g}" if self.zero else f"a number above 0, at most {self.most:g}"
+        if self.limit < math.inf:
+            return f"a number from 0 to {self.limit:g}" if self.zero else f"a number above 0, at most {self.limit:g}"
         return "a number of at least 0" if self.zero else "a number above 0"
 
     def parse(self, text: str) -> Setting:
@@ -66,7 +66,7 @@ class Parameter:
                 raise ValueError
             return text
         number = int(text) if self.whole else float(text)
-        if not math.isfinite(number) or number > self.most or number < 0 or (number == 0 and not self.zero):
+        if not math.isfinite(number) or number > self.limit or number < 0 or (number == 0 and not self.zero):
             raise ValueError
         return number
 
@@ -83,7 +83,7 @@ SPOT_SHARE = Parameter(
     low=0.0,
     high=1.0,
     zero=True,
-    most=1.0,
+    limit=1.0,
     needs_spot=True,
     meaning="share of the replicas on spot where it is offered",
 )

@@ -1,10 +1,10 @@
-"""Ray Serve's default autoscaling policy: ongoing requests per replica, with delays on the wish.
+"""Ray Serve's default autoscaling policy: ongoing requests per replica, with delays on the desired count.
 
 Source: ray-project/ray 2.60, `serve/autoscaling_policy.py`. Running and queued requests, averaged over 30 s, over the
 target (2) give an error ratio; ``desired = ceil(n * (1 + factor * (ratio - 1)))``, one less where a factor below 1
-would never let it fall. The wish must point the same way for 30 s to scale up, 600 s to scale down; a wish that turns
-begins anew. From zero replicas the answer is immediate, and only one replica goes to zero. The control loop of 0.1 s
-runs at the control interval: delays are measured on the clock.
+would never let it fall. The desired count must point the same way for 30 s to scale up, 600 s to scale down; one that
+turns begins anew. From zero replicas the answer is immediate, and only one replica goes to zero. The control loop of
+0.1 s runs at the control interval: delays are measured on the clock.
 Left out: `max_ongoing_requests` (5) and `max_queued_requests`, dropping of stale handle metrics, application policies.
 """
 
@@ -27,7 +27,7 @@ class RayServePolicy(SinglePoolPolicy):
     Args:
         fleet: the services.
         target_ongoing_requests: per replica.
-        upscale_delay_s: how long the wish must point up, seconds.
+        upscale_delay_s: how long the desired count must point up, seconds.
         downscale_delay_s: how long it must point down, seconds.
         upscaling_factor: damps or amplifies a step up.
         downscaling_factor: the same down.
@@ -38,7 +38,7 @@ class RayServePolicy(SinglePoolPolicy):
     name = "ray-serve"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter("target_ongoing_requests", 2.0, 0.5, 512.0, log=True, meaning="requests per replica"),
-        Parameter("upscale_delay_s", 30.0, 0.0, 300.0, zero=True, meaning="how long the wish must point up"),
+        Parameter("upscale_delay_s", 30.0, 0.0, 300.0, zero=True, meaning="how long the desired count must point up"),
         Parameter("downscale_delay_s", 600.0, 0.0, 7200.0, zero=True, meaning="how long it must point down"),
         Parameter("upscaling_factor", 1.0, 0.1, 3.0, log=True, meaning="factor on a step up"),
         Parameter("downscaling_factor", 1.0, 0.1, 2.0, log=True, meaning="factor on a step down"),
@@ -72,7 +72,7 @@ class RayServePolicy(SinglePoolPolicy):
         self._ongoing.reset(rows)
         self._streak.reset(rows)
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The smoothed count once its delay is over."""
         known = due & ~np.isnan(service.in_system)
         self._ongoing.add(service.time_s, service.in_system, known)

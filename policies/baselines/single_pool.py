@@ -131,7 +131,7 @@ def spread(count: Floats, fleet: Fleet, spot_share: float) -> Ints:
 class SinglePoolPolicy(Durable):
     """Base of the peers that answer with a count: the tick, the hold, the placement.
 
-    A subclass answers `wish`, and forgets in `forget`.
+    A subclass answers `desired`, and forgets in `forget`.
 
     Args:
         fleet: the services.
@@ -163,18 +163,18 @@ class SinglePoolPolicy(Durable):
         placed = self._placement.current(snapshot)
         service = Service.of(snapshot, self.fleet, placed)
         due = self._tick.due(snapshot.time_s, ~observation.blind)
-        wish = self.wish(service, observation, due)
-        wish = np.clip(wish, service.minimum, service.maximum)
-        moved = due & ~np.isnan(wish) & (self.replaces | (wish != service.current))
-        return self._placement.target(np.where(moved[:, np.newaxis], self.place(wish, service), placed))
+        desired = self.desired(service, observation, due)
+        desired = np.clip(desired, service.minimum, service.maximum)
+        moved = due & ~np.isnan(desired) & (self.replaces | (desired != service.current))
+        return self._placement.target(np.where(moved[:, np.newaxis], self.place(desired, service), placed))
 
-    def wish(self, service: Service, observation: Observation, due: Bools) -> Floats:
+    def desired(self, service: Service, observation: Observation, due: Bools) -> Floats:
         """The count (n,) that the rule wants; NaN holds. Rows that are not due are only seen, not decided."""
         raise NotImplementedError
 
-    def place(self, wish: Floats, service: Service) -> Floats:
+    def place(self, desired: Floats, service: Service) -> Floats:
         """A whole count (n,) on the pools (n, P)."""
-        return spread(nan_to_num(wish), self.fleet, self.spot_share).astype(np.float64)
+        return spread(nan_to_num(desired), self.fleet, self.spot_share).astype(np.float64)
 
     def forget(self, rows: Bools) -> None:
         """Begin anew with the masked services."""

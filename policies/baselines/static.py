@@ -23,7 +23,7 @@ class StaticPolicy:
 
     name = "static"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
-        Parameter("share", 1.0, 0.02, 1.0, most=1.0, meaning="share of the pools' maxima"),
+        Parameter("share", 1.0, 0.02, 1.0, limit=1.0, meaning="share of the pools' maxima"),
     )
 
     def __init__(

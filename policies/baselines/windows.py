@@ -102,13 +102,13 @@ class SlidingWindow:
         """Sum (n, ...) of the samples; NaN where there are none."""
         return self._reduced(time_s, span_s, "sum")
 
-    def most(self, time_s: Floats, span_s: float | None = None) -> Floats:
+    def max(self, time_s: Floats, span_s: float | None = None) -> Floats:
         """Largest (n, ...) of the samples; NaN where there are none."""
-        return self._reduced(time_s, span_s, "most")
+        return self._reduced(time_s, span_s, "max")
 
-    def least(self, time_s: Floats, span_s: float | None = None) -> Floats:
+    def min(self, time_s: Floats, span_s: float | None = None) -> Floats:
         """Smallest (n, ...) of the samples; NaN where there are none."""
-        return self._reduced(time_s, span_s, "least")
+        return self._reduced(time_s, span_s, "min")
 
     def deviation(self, time_s: Floats, span_s: float | None = None) -> Floats:
         """Standard deviation (n, ...) of the samples; NaN where there are none."""
@@ -134,9 +134,9 @@ class SlidingWindow:
             return np.full(self._shape, np.nan)
         mask = inside.reshape(*inside.shape, *([1] * (values.ndim - 2)))
         some = mask.any(axis=0)
-        if how == "most":
+        if how == "max":
             reduced = np.where(mask, values, -np.inf).max(axis=0)
-        elif how == "least":
+        elif how == "min":
             reduced = np.where(mask, values, np.inf).min(axis=0)
         else:
             reduced = np.where(mask, values, 0.0).sum(axis=0)
@@ -146,7 +146,7 @@ class SlidingWindow:
 
 
 class Streak:
-    """How long a wish has pointed the same way, in samples and in seconds; any other sample begins anew."""
+    """How long a desired has pointed the same way, in samples and in seconds; any other sample begins anew."""
 
     def __init__(self, n: int) -> None:
         self._sign = np.zeros(n)
@@ -159,7 +159,7 @@ class Streak:
         self._samples[rows] = 0.0
 
     def update(self, time_s: Floats, sign: Floats, sampled: Bools) -> tuple[Floats, Floats]:
-        """Fold in a wish's direction (n,) of -1, 0 or 1 where `sampled`; samples (n,) and seconds (n,) so far."""
+        """Fold in a desired's direction (n,) of -1, 0 or 1 where `sampled`; samples (n,) and seconds (n,) so far."""
         new = sampled & (sign != self._sign)
         self._since_s = np.where(new, time_s, self._since_s)
         self._samples = np.where(sampled, np.where(new, 0.0, self._samples) + (sign != 0), self._samples)

@@ -73,21 +73,21 @@ class VariantPolicy(Durable):
         queue = np.where(fleet.exists, queue, 0.0)
         self._kv.add(time_s, snapshot.kv_cache_usage)
         self._queue.add(time_s, queue)
-        kv_most, queue_most = self._kv.most(time_s), self._queue.most(time_s)
+        kv_max, queue_max = self._kv.max(time_s), self._queue.max(time_s)
         known = ~(observation.blind | np.isnan(snapshot.kv_cache_usage + queue + ready).any(axis=1))
         due = self._tick.due(time_s, known)
         settled = np.isnan(self._desired).any(axis=1) | (self._desired == placed).all(axis=1)
         if (due & settled).any():
-            wish = self.analyse(snapshot, placed, kv_most, queue_most)
-            wish = np.where(fleet.exists, np.clip(wish, fleet.min_replicas, fleet.max_replicas), 0.0)
-            fresh = (due & settled & ~np.isnan(wish).any(axis=1))[:, np.newaxis]
-            self._desired = np.where(fresh, wish, self._desired)
+            desired = self.analyse(snapshot, placed, kv_max, queue_max)
+            desired = np.where(fleet.exists, np.clip(desired, fleet.min_replicas, fleet.max_replicas), 0.0)
+            fresh = (due & settled & ~np.isnan(desired).any(axis=1))[:, np.newaxis]
+            self._desired = np.where(fresh, desired, self._desired)
         desired = np.where(np.isnan(self._desired), placed, self._desired)
         answer = self._behavior.settle(time_s, known, placed, desired)
         return self._placement.target(np.where(known[:, np.newaxis], answer, placed))
 
     def analyse(self, snapshot: Snapshot, placed: Floats, kv: Floats, queue: Floats) -> Floats:
-        """The wished replicas (n, P) for the highest KV usage and queue per replica (n, P) of the last minute."""
+        """The desired replicas (n, P) for the highest KV usage and queue per replica (n, P) of the last minute."""
         raise NotImplementedError
 
     def forget(self, rows: Bools) -> None:
@@ -158,10 +158,10 @@ class WvaSaturationPolicy(VariantPolicy):
         rows = np.arange(len(fleet))
         cheapest = np.where(growable, price, np.inf).argmin(axis=1)
         dearest = np.where(shrinkable, price, -np.inf).argmax(axis=1)
-        wish = placed.copy()
-        wish[rows, cheapest] += up & growable[rows, cheapest]
-        wish[rows, dearest] -= down & shrinkable[rows, dearest] & ~pending.any(axis=1)
-        return wish
+        desired = placed.copy()
+        desired[rows, cheapest] += up & growable[rows, cheapest]
+        desired[rows, dearest] -= down & shrinkable[rows, dearest] & ~pending.any(axis=1)
+        return desired
 
 
 class WvaTokensPolicy(VariantPolicy):
@@ -241,10 +241,10 @@ class WvaTokensPolicy(VariantPolicy):
         supply = sum_pools(placed * capacity)
         price = np.where(fleet.exists, fleet.usd_per_replica_s / np.maximum(capacity, 1e-9), np.inf)
         idle = (snapshot.time_s - self._busy_s >= IDLE_S) & (sum_pools(placed) > 0)
-        wish = _fill(placed, demand / self.scale_up_at - supply, capacity, price, fleet)
-        wish = _drain(wish, supply - demand / self.scale_down_at, capacity, price, fleet)
-        wish = np.where(idle[:, np.newaxis], fleet.min_replicas, wish)
-        return np.where(np.isnan(demand)[:, np.newaxis], np.nan, wish)
+        desired = _fill(placed, demand / self.scale_up_at - supply, capacity, price, fleet)
+        desired = _drain(desired, supply - demand / self.scale_down_at, capacity, price, fleet)
+        desired = np.where(idle[:, np.newaxis], fleet.min_replicas, desired)
+        return np.where(np.isnan(demand)[:, np.newaxis], np.nan, desired)
 
     def _capacity(self, in_use: Floats, queue: Floats, prompt: Floats, output: Floats, ready: Floats) -> Floats:
         """Tokens (n, P) that a replica of each pool can hold, by the three ways to know."""
@@ -267,27 +267,27 @@ class WvaTokensPolicy(VariantPolicy):
 
 def _fill(placed: Floats, required: Floats, capacity: Floats, price: Floats, fleet: Fleet) -> Floats:
     """Add replicas (n, P) until `required` (n,) tokens are covered, the lowest price per token first."""
-    wish, left, rows = placed.copy(), np.maximum(required, 0.0), np.arange(len(fleet))
+    desired, left, rows = placed.copy(), np.maximum(required, 0.0), np.arange(len(fleet))
     order = np.argsort(price, axis=1, kind="stable")
     for rank in range(fleet.pools):
         pool = order[:, rank]
-        room = np.maximum(fleet.max_replicas[rows, pool] - wish[rows, pool], 0.0)
+        room = np.maximum(fleet.max_replicas[rows, pool] - desired[rows, pool], 0.0)
         added = np.clip(np.ceil(left / capacity[rows, pool] - 1e-9), 0.0, room)
         added = np.where(fleet.exists[rows, pool], np.nan_to_num(added), 0.0)
-        wish[rows, pool] += added
+        desired[rows, pool] += added
         left = np.maximum(left - added * capacity[rows, pool], 0.0)
-    return wish
+    return desired
 
 
 def _drain(placed: Floats, spare: Floats, capacity: Floats, price: Floats, fleet: Fleet) -> Floats:
     """Remove replicas (n, P) worth `spare` (n,) tokens at most, the highest price per token first; one stays."""
-    wish, left, rows = placed.copy(), np.maximum(spare, 0.0), np.arange(len(fleet))
+    desired, left, rows = placed.copy(), np.maximum(spare, 0.0), np.arange(len(fleet))
     order = np.argsort(np.where(fleet.exists, -price, np.inf), axis=1, kind="stable")
     for rank in range(fleet.pools):
         pool = order[:, rank]
-        room = np.minimum(wish[rows, pool] - fleet.min_replicas[rows, pool], sum_pools(wish) - 1.0)
+        room = np.minimum(desired[rows, pool] - fleet.min_replicas[rows, pool], sum_pools(desired) - 1.0)
         removed = np.clip(np.floor(left / capacity[rows, pool] + 1e-9), 0.0, np.maximum(room, 0.0))
         removed = np.where(fleet.exists[rows, pool], np.nan_to_num(removed), 0.0)
-        wish[rows, pool] -= removed
+        desired[rows, pool] -= removed
         left = left - removed * capacity[rows, pool]
-    return wish
+    return desired

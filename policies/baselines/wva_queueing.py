@@ -161,13 +161,13 @@ class WvaQueueingPolicy(VariantPolicy):
         per_replica = np.maximum(highest.reshape(n, pools), 1e-6)
         whole = np.where(fleet.exists, np.ceil(rate[:, np.newaxis] / per_replica - 1e-9), 0.0)
         price = np.where(fleet.exists, fleet.usd_per_replica_s * whole, np.inf)
-        wish = np.where(fleet.exists, fleet.min_replicas, 0).astype(np.float64)
-        left = rate - (wish * per_replica).sum(axis=1)
+        desired = np.where(fleet.exists, fleet.min_replicas, 0).astype(np.float64)
+        left = rate - (desired * per_replica).sum(axis=1)
         order, rows = np.argsort(price, axis=1, kind="stable"), np.arange(n)
         for rank in range(pools):
             pool = order[:, rank]
-            room = np.maximum(fleet.max_replicas[rows, pool] - wish[rows, pool], 0.0)
+            room = np.maximum(fleet.max_replicas[rows, pool] - desired[rows, pool], 0.0)
             added = np.clip(np.ceil(np.maximum(left, 0.0) / per_replica[rows, pool] - 1e-9), 0.0, room)
-            wish[rows, pool] += np.where(fleet.exists[rows, pool], np.nan_to_num(added), 0.0)
+            desired[rows, pool] += np.where(fleet.exists[rows, pool], np.nan_to_num(added), 0.0)
             left = left - np.nan_to_num(added) * per_replica[rows, pool]
-        return np.where(known[:, np.newaxis], wish, np.nan)
+        return np.where(known[:, np.newaxis], desired, np.nan)

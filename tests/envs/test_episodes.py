@@ -155,7 +155,7 @@ def test_misses_are_counted_once_each_and_never_taken_back() -> None:
     for action in actions(1, 30):
         result = episodes.step(action)
         # The price of a miss is 20 costs of a request; the unit of the terms is the cost of a window.
-        counted += result.terms["misses"][0] / 20.0 * episodes._window_arrivals[0]
+        counted += result.terms["misses"][0] / 20.0 * episodes.reward._window_arrivals[0]
         usage = episodes.cluster.usage()
         most = max(most, float((usage.finished - usage.good + usage.rejected + usage.overdue)[0]))
         assert counted == pytest.approx(most, rel=1e-9)

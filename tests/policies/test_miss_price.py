@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from policies.contract import take_rows
 from policies.fleet import Fleet
-from policies.miss_price import AIM, CREST, EDGE, KNOWN_RISE, MISS_PRICES, RELUCTANCE, RISE, MissPriceDial
+from policies.miss_price import AIM, EDGE, KNOWN_RISE, MAX_RISE_PER_BURST, MISS_PRICES, RISE, SLOW_FALL, MissPriceDial
 from policies.spec import Slo
 
 WINDOWS_PER_HOUR = 240
@@ -81,7 +81,7 @@ def test_it_stays_within_what_the_network_was_trained_for_and_within_the_prices(
 
 
 def test_every_miss_counts_once() -> None:
-    # 120 requests a minute, of which 360 may miss in an hour. A window has 30; a fifth of one is below the crest.
+    # 120 requests a minute, of which 360 may miss in an hour. A window has 30; a fifth of one is below the bound.
     steady, burst = dial(), dial()
     after(steady, 20, 1.0 - 0.01)
     after(burst, 10, 1.0)
@@ -96,9 +96,9 @@ def test_it_rests_where_the_aim_is_missed(spent: float, moved: float) -> None:
     assert after(dial(), WINDOWS_PER_HOUR, 1.0 - spent * ALLOWED) == pytest.approx(FIRST + moved, abs=1e-9)
 
 
-def test_one_crowd_adds_the_crest_at_most_whatever_it_misses() -> None:
+def test_one_burst_adds_a_bounded_rise_whatever_it_misses() -> None:
     for windows in (24, 40):
-        assert after(dial(), windows, 0.2) == pytest.approx(FIRST + CREST, abs=1.5 * FALL_OF_A_WINDOW)
+        assert after(dial(), windows, 0.2) == pytest.approx(FIRST + MAX_RISE_PER_BURST, abs=1.5 * FALL_OF_A_WINDOW)
 
 
 def test_a_small_miss_counts_in_full() -> None:
@@ -107,27 +107,31 @@ def test_a_small_miss_counts_in_full() -> None:
     assert after(dial(), 3, 0.9) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("quiet_windows", "crests"), [(30, 1), (60, 2)])
-def test_the_next_crowd_adds_its_own_crest_after_ten_quiet_minutes(quiet_windows: int, crests: int) -> None:
+@pytest.mark.parametrize(("quiet_windows", "rises"), [(30, 1), (60, 2)])
+def test_the_next_burst_adds_its_own_rise_after_ten_quiet_minutes(quiet_windows: int, rises: int) -> None:
     price = dial()
     after(price, 30, 0.2)
     quiet = after(price, quiet_windows, 1.0)
-    expected = FIRST + CREST if crests == 1 else quiet + CREST
+    expected = FIRST + MAX_RISE_PER_BURST if rises == 1 else quiet + MAX_RISE_PER_BURST
     assert after(price, 30, 0.2) == pytest.approx(expected, abs=3 * FALL_OF_A_WINDOW)
 
 
-def test_misses_that_do_not_end_are_no_crowd_and_raise_it_on() -> None:
+def test_misses_that_do_not_end_are_no_burst_and_raise_it_on() -> None:
     price = dial()
-    assert after(price, WINDOWS_PER_HOUR // 2, 0.2) == pytest.approx(FIRST + CREST, abs=2 * FALL_OF_A_WINDOW)
-    assert after(price, WINDOWS_PER_HOUR // 2, 0.2) == pytest.approx(FIRST + 2 * CREST, abs=0.05)
+    assert after(price, WINDOWS_PER_HOUR // 2, 0.2) == pytest.approx(
+        FIRST + MAX_RISE_PER_BURST, abs=2 * FALL_OF_A_WINDOW
+    )
+    assert after(price, WINDOWS_PER_HOUR // 2, 0.2) == pytest.approx(FIRST + 2 * MAX_RISE_PER_BURST, abs=0.05)
     assert after(price, 20 * WINDOWS_PER_HOUR, 0.2) == pytest.approx(HIGH, abs=FALL_OF_A_WINDOW)
 
 
-def test_where_a_crowd_struck_it_falls_reluctantly_and_elsewhere_as_usual() -> None:
+def test_where_a_burst_struck_it_falls_slowly_and_elsewhere_as_usual() -> None:
     price = dial()
     top = after(price, 30, 0.2)
     assert after(price, 20, 1.0) == pytest.approx(top - 20 * FALL_OF_A_WINDOW)
-    hours = (CREST - EDGE) / (RISE * AIM) + EDGE / (RISE * AIM * RELUCTANCE)  # to the edge, then to where it struck
+    hours = (MAX_RISE_PER_BURST - EDGE) / (RISE * AIM) + EDGE / (
+        RISE * AIM * SLOW_FALL
+    )  # to the edge, then to where it struck
     windows = round(hours * WINDOWS_PER_HOUR) - 20
     assert after(price, windows, 1.0) == pytest.approx(FIRST, abs=3 * FALL_OF_A_WINDOW)
     assert after(dial(), 10, 1.0) == pytest.approx(FIRST - 10 * FALL_OF_A_WINDOW)

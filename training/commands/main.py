@@ -153,7 +153,7 @@ def tune(
     from training.replaying.result_cache import ResultCache
     from training.replaying.scenarios import load_suite
     from training.replaying.workers import open_workers
-    from training.tuning.tuner import Part, Question
+    from training.tuning.tuner import Part, TuningTask
     from training.tuning.tuner import tune as search
 
     chosen = load_suite(suite)
@@ -164,13 +164,13 @@ def tune(
     for name in policies:
         resolve(name)
     part: Part = "hindsight" if hindsight else "train"
-    questions = [Question(item, name, part) for item in chosen.scenarios for name in policies]
+    tasks = [TuningTask(item, name, part) for item in chosen.scenarios for name in policies]
     warm_up(say)
     with (
         progress_bar("tuning") as on_progress,
         open_workers(jobs or len(os.sched_getaffinity(0)), ray_address) as workers,
     ):
-        found = search(questions, workers, ResultCache(cache), on_progress)
+        found = search(tasks, workers, ResultCache(cache), on_progress)
     show_tunings(found)
     if json_file is not None:
         write_json(json_file, [asdict(item) for item in found])

@@ -25,7 +25,7 @@ app = typer.Typer(help="Make engine profiles, and see how far they are from meas
 
 REQUESTS_PER_CLIENT = 10
 """Assumed by `validate` where neither the file nor an option says it."""
-MOST_CLIENTS = 4096
+MAX_CLIENTS = 4096
 """Of a sweep: the largest batch that a profile may have."""
 
 
@@ -166,8 +166,8 @@ def measure(
     fixed = options.numbers(fix)
     sweep = Sweep(
         options.whole_numbers(prompt, "--prompt"),
-        options.whole_numbers(output, "--output", least=2),
-        options.whole_numbers(concurrency, "--concurrency", most=MOST_CLIENTS),
+        options.whole_numbers(output, "--output", low=2),
+        options.whole_numbers(concurrency, "--concurrency", high=MAX_CLIENTS),
         max_minutes,
     )
     if not rows.exists():

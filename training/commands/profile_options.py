@@ -86,13 +86,13 @@ def numbers(given: list[str] | None) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--fix: {key}: expected a number, got {text!r}") from None
         if not 0.0 <= found[key] <= LARGEST or (key == "a_ms" and found[key] == 0.0):
-            least = "above 0" if key == "a_ms" else "of at least 0"
-            raise ValueError(f"--fix: {key}: expected a number {least} and at most a million, got {text}")
+            expected = "above 0" if key == "a_ms" else "of at least 0"
+            raise ValueError(f"--fix: {key}: expected a number {expected} and at most a million, got {text}")
     return found
 
 
-def whole_numbers(text: str, flag: str, least: int = 1, most: int = 1_000_000) -> list[int]:
-    """Whole numbers from `least` to `most`, separated by commas.
+def whole_numbers(text: str, flag: str, low: int = 1, high: int = 1_000_000) -> list[int]:
+    """Whole numbers from `low` to `high`, separated by commas.
 
     Raises:
         ValueError: naming the option.
@@ -101,6 +101,6 @@ def whole_numbers(text: str, flag: str, least: int = 1, most: int = 1_000_000) -
         values = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{flag}: expected whole numbers separated by commas, got {text!r}") from None
-    if min(values) < least or max(values) > most:
-        raise ValueError(f"{flag}: expected numbers from {least} to {most:,}, got {text!r}")
+    if min(values) < low or max(values) > high:
+        raise ValueError(f"{flag}: expected numbers from {low} to {high:,}, got {text!r}")
     return values

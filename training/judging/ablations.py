@@ -55,7 +55,7 @@ class Combined:
         self._caps.reset(services)
 
     def propose(self, observation: Observation) -> Target:
-        """The wish of each for its own part."""
+        """The proposal of each for its own part."""
         replicas, caps = self._replicas.propose(observation), self._caps.propose(observation)
         return Target(replicas=replicas.replicas, batch_cap=caps.batch_cap)
 

@@ -25,7 +25,7 @@ from training.replaying.scenarios import Scenario, Suite, TraceSource
 from training.replaying.scores import AVERAGED, REFERENCE, Score
 from training.replaying.timeline import Timeline
 from training.replaying.workers import Progress, Workers, open_workers
-from training.tuning.tuner import Part, Question, Tuning, parameters_for, tune
+from training.tuning.tuner import Part, Tuning, TuningTask, parameters_for, tune
 from training.versions.registry import resolve_bundle
 
 TUNED = (DEFAULT, "train", "self", "hindsight")
@@ -175,10 +175,13 @@ def _tuned(
         raise ConfigError(f"tuned {', '.join(unknown)!r}: expected {', '.join(TUNED)}")
     parts: list[Part] = ["train"] if {"train", "self"} & set(tuned) else []
     parts += ["hindsight"] if "hindsight" in tuned else []
-    questions = [
-        Question(scenario, entry.reference, part) for scenario in suite.scenarios for part in parts for entry in entries
+    tasks = [
+        TuningTask(scenario, entry.reference, part)
+        for scenario in suite.scenarios
+        for part in parts
+        for entry in entries
     ]
-    return tune(questions, workers, cache, on_progress)
+    return tune(tasks, workers, cache, on_progress)
 
 
 def variants(

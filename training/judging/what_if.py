@@ -74,7 +74,7 @@ def suite_of(
         slo = Slo(ttft_s=ttft_s, tpot_s=tpot_s, attainment=sweep.attainment)
         started = engine.cold_start if cold_start_s is None else stretched(engine.cold_start, cold_start_s)
         first, busiest = replicas_needed(engine, slo, RequestLibrary.of([requests]), requests.duration_s)
-        most = max_replicas or max(2, math.ceil(ROOM * busiest))
+        largest = max_replicas or max(2, math.ceil(ROOM * busiest))
         scenarios.append(
             Scenario(
                 name=_name(sweep, started.total_s, ttft_s, tpot_s),
@@ -83,8 +83,8 @@ def suite_of(
                 pools=(
                     PoolSpec(
                         engine=engine,
-                        max_replicas=most,
-                        initial_replicas=min(most, max(1, math.ceil(ROOM / 2 * first))),
+                        max_replicas=largest,
+                        initial_replicas=min(largest, max(1, math.ceil(ROOM / 2 * first))),
                         cold_start=started,
                     ),
                 ),

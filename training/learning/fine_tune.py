@@ -37,7 +37,7 @@ from training.replaying.world import World
 SOURCE_FILE = "source.zip"
 """The bundle that a run started from, in its folder: an alias may name another one when the run is resumed."""
 UNSEEN_SEED = 30_000
-LEAST_STEPS = 40
+MIN_STEPS = 40
 """Fewest control intervals of an episode: starts take minutes."""
 FIRST_FLEET = 1.5
 """Replicas at the start of a replay over the demand of its first five minutes, where the service does not say."""
@@ -94,8 +94,8 @@ def prepared(recipe: TrainConfig, source: str, bundle: PolicyBundle, trace: Path
     interval_s = service.interface.window.control_interval_s
     # The first window runs before the first action.
     steps = min(recipe.episodes.steps, math.floor(spec.train_share * requests.duration_s / interval_s) - 1)
-    if steps < LEAST_STEPS:
-        needed_s = (LEAST_STEPS + 1) * interval_s / spec.train_share
+    if steps < MIN_STEPS:
+        needed_s = (MIN_STEPS + 1) * interval_s / spec.train_share
         raise TraceError(
             f"trace {requests.name!r}: lasts {requests.duration_s:,.0f} s, too short: fine-tuning learns on its first "
             f"{spec.train_share:.0%}, where an episode must fit, so it needs {needed_s:,.0f} s at least"
@@ -256,7 +256,7 @@ class FineTuningMonitor(TrainingMonitor):
         freeze_actor(self.model, self.model.num_timesteps < self.spec.critic_steps)
 
     def _on_step(self) -> bool:
-        in_time = time.perf_counter() - self._started_s < self.spec.most_seconds
+        in_time = time.perf_counter() - self._started_s < self.spec.max_seconds
         return super()._on_step() and in_time
 
 

@@ -39,7 +39,7 @@ class FineTuneSpec(StrictModel):
     )
     validation_seeds: int = Field(default=2, ge=1, description="Replays of the validation part.")
     judge_seeds: int = Field(default=5, ge=3, description="Replays of the held-out part.")
-    most_seconds: Positive = Field(default=420.0, description="Wall time after which learning stops, seconds.")
+    max_seconds: Positive = Field(default=420.0, description="Wall time after which learning stops, seconds.")
 
     @model_validator(mode="after")
     def _leaves_a_part(self) -> FineTuneSpec:

@@ -207,9 +207,9 @@ def _coefficient_cells(result: SetResult) -> Cells:
 
 def _client_cells(result: SetResult) -> Cells:
     cells = [result.label]
-    for _, least, most in CLIENT_BINS:
+    for _, low, high in CLIENT_BINS:
         clients = result.table.concurrency
-        rows = (clients >= least) & (clients <= most) & ~result.saturated
+        rows = (clients >= low) & (clients <= high) & ~result.saturated
         cells.append(f"{result.held_out('ttft', rows).mean():.1%} ({int(rows.sum())})" if rows.any() else "-")
     return cells
 

@@ -26,7 +26,7 @@ from training.pages.results import cheapest_holding, columns_for, not_servable
 from training.replaying.scores import REFERENCE
 from training.replaying.timeline import Timeline
 
-MOST_POINTS = 800
+MAX_POINTS = 800
 POINTS_IN_ALL = 400_000
 """Points over all plots: what keeps the file small enough to mail."""
 PALETTE = ("#3556c8", "#1f9d7a", "#d9822b", "#7d8590", "#9b4fc0", "#c23b5a", "#4aa3c7", "#8a6d3b")
@@ -40,7 +40,7 @@ FIXED = {
     "best-static": "#a3acb9",
 }
 STATES = (("ready", "#8fb3e8"), ("starting", "#f3c66b"), ("draining", "#c9ced6"))
-MOST_TIMELINES = 6
+MAX_TIMELINES = 6
 """Policies whose replicas are plotted over time, per scenario."""
 ROW_PX = 165
 SERIES_PER_POLICY = 9
@@ -83,9 +83,9 @@ def render(evaluation: Evaluation) -> str:
     """The page, plotly.js included once."""
     summary = [{**row, "label": label(row["policy"], row["tuned"])} for row in scenario_rows(evaluation)]
     colours = _colours(list(dict.fromkeys(row["policy"] for row in summary)))
-    shown = min(len(evaluation.timelines), MOST_TIMELINES * len(evaluation.scenarios))
+    shown = min(len(evaluation.timelines), MAX_TIMELINES * len(evaluation.scenarios))
     plots = max(1, shown) * SERIES_PER_POLICY
-    points = int(np.clip(POINTS_IN_ALL // plots, 60, MOST_POINTS))
+    points = int(np.clip(POINTS_IN_ALL // plots, 60, MAX_POINTS))
     sections = [_section(evaluation, scenario, summary, colours, points) for scenario in evaluation.scenarios]
     title = f"Evaluation: {evaluation.suite}"
     return "\n".join(
@@ -182,11 +182,11 @@ def _section(
 def _worth_plotting(evaluation: Evaluation, scenario: str, summary: list[dict[str, Any]]) -> dict[str, Timeline]:
     """Timelines by label: all where there are few, else the plan, the learned policy and the cheapest that hold."""
     lines = {name: line for (at, name), line in evaluation.timelines.items() if at == scenario and len(line)}
-    if len(lines) <= MOST_TIMELINES:
+    if len(lines) <= MAX_TIMELINES:
         return lines
     rows = [row for row in summary if row["scenario"] == scenario and row["label"] in lines]
     rows.sort(key=lambda row: (row["policy"] not in {"plan", "learned"}, not row["holds_slo"], row["usd"]))
-    chosen = {row["label"] for row in rows[:MOST_TIMELINES]}
+    chosen = {row["label"] for row in rows[:MAX_TIMELINES]}
     return {name: line for name, line in lines.items() if name in chosen}
 
 

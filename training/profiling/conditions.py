@@ -55,8 +55,8 @@ class Conditions:
         parts = []
         if self.protocol is not None:
             start = f"{self.protocol.start} of {self.protocol.requests_per_client} requests per client"
-            if self.protocol.most_requests is not None:
-                start += f", {self.protocol.most_requests:,} at most"
+            if self.protocol.max_requests is not None:
+                start += f", {self.protocol.max_requests:,} at most"
             parts.append(start + (f", {self.protocol.waiting} always waiting" if self.protocol.waiting else ""))
             if self.protocol.cached_share:
                 parts.append(f"{self.protocol.cached_share:.0%} of each prompt cached")
@@ -100,7 +100,7 @@ def unknown_conditions(
     axes: list[tuple[Change, ...]] = []
     if requests_per_client is None:
         loads.append({"start": "steady", "requests_per_client": 4, "waiting": 0})
-        axes.append(({"most_requests": None}, {"most_requests": 1000}))
+        axes.append(({"max_requests": None}, {"max_requests": 1000}))
     axes.insert(0, tuple(loads))
     if max_num_batched_tokens is None:
         axes.append(tuple({"max_num_batched_tokens": budget} for budget in BUDGETS))

@@ -20,8 +20,8 @@ from policies.engine import ConfigError
 class Range(NamedTuple):
     """Numbers that a column may hold, both ends included, and their name in an error."""
 
-    least: float
-    most: float
+    low: float
+    high: float
     words: str
 
 
@@ -85,7 +85,7 @@ class Rows:
                 value = float(row[name])
             except ValueError:
                 raise ConfigError(f"{self.path}: line {line}: {name}: expected a number, got {row[name]!r}") from None
-            if not within.least <= value <= within.most:
+            if not within.low <= value <= within.high:
                 raise ConfigError(f"{self.path}: line {line}: {name}: expected {within.words}, got {row[name]}")
             values.append(value)
         return np.array(values)

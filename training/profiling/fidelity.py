@@ -26,7 +26,7 @@ from training.profiling.fit import Fit, coefficients_of, fit_profile
 from training.profiling.measurements import SET_COLUMNS, Limits, LoopLatencyTable, read_measurements
 
 LOOPS, STEPS, CAPACITIES = "silicon_e2e_ttft_tpot.csv", "aic_forward_pass_steps.csv", "aic_kv_capacity.csv"
-FEWEST_ROWS = 8
+MIN_ROWS = 8
 """Sets with fewer rows cannot fit five coefficients with rows held out."""
 FOLDS = 5
 FAMILIES = ("Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-32B")
@@ -63,7 +63,7 @@ def measured_sets(reference: Path, say: Callable[[str], None]) -> tuple[list[Set
     found: list[SetResult] = []
     thin: list[tuple[str, int]] = []
     for where, label, rows in _sets(path):
-        if rows < FEWEST_ROWS:
+        if rows < MIN_ROWS:
             thin.append((label, rows))
             continue
         table = read_measurements(path, Limits(_capacity(reference, where), 8192), where)

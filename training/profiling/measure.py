@@ -36,7 +36,7 @@ ROW_COLUMNS = (
     "seconds",
     "preemptions",
 )
-REQUESTS_AT_LEAST = 12
+MIN_REQUESTS = 12
 """Requests of a point, however few its clients."""
 REQUESTS_PER_CLIENT = 4
 LENGTH_SPREAD = 0.25
@@ -148,7 +148,7 @@ async def _measure(engine: Engine, sweep: Sweep, rows_file: Path, tell: Progress
 
 async def _measure_point(engine: Engine, point: Point) -> dict[str, object]:
     prompt, output, concurrency = point
-    per_client = max(REQUESTS_PER_CLIENT, -(-REQUESTS_AT_LEAST // concurrency))
+    per_client = max(REQUESTS_PER_CLIENT, -(-MIN_REQUESTS // concurrency))
     protocol = LoadProtocol(requests_per_client=per_client, length_spread=LENGTH_SPREAD)
     lengths = loop_lengths(protocol, output, concurrency)
     await engine.complete(prompt, 2, seed=_seed(point) - 1)

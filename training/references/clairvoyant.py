@@ -32,7 +32,7 @@ from training.replaying.world import World
 HEADROOMS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 SHARES = (1.0, 0.5, 0.0)
 """Shares of the work that the first pool takes, where there are several; the others share the rest evenly."""
-MOST_ROWS = 4_000_000
+MAX_ROWS = 4_000_000
 """Requests in one batch of replays: what keeps its memory below about 200 MB."""
 REPAIRS = 3
 COLD_START_MARGIN = 1.15
@@ -63,7 +63,7 @@ class Bench:
         self.spec = unguarded(spec)
         self.trace = trace
         self.seed = seed
-        self.width = int(np.clip(MOST_ROWS // max(len(trace), 1), 2, width))
+        self.width = int(np.clip(MAX_ROWS // max(len(trace), 1), 2, width))
         self.replays = 0
         window = spec.interface.window
         self.interval_s = window.control_interval_s
@@ -172,7 +172,7 @@ def cheapest_path(need: Ints, low: int, high: int, boot_intervals: float, initia
     if initial is not None and not low <= initial <= high:
         raise ValueError(f"initial replicas {initial} are not between {low} and {high}")
     places = np.arange(len(sizes))
-    for index, least in enumerate(covered):
+    for index, lowest in enumerate(covered):
         # From below with a boot for each more, or from above for nothing.
         rising = best - boot_intervals * sizes
         below = np.where(rising == np.minimum.accumulate(rising), places, 0)
@@ -185,7 +185,7 @@ def cheapest_path(need: Ints, low: int, high: int, boot_intervals: float, initia
         up, down = rising[below] + boot_intervals * sizes, best[above]
         came_from[index] = np.where(down <= up, above, below)
         best = np.minimum(up, down) + sizes
-        best[sizes < least] = np.inf
+        best[sizes < lowest] = np.inf
     path = np.zeros(len(need), np.int64)
     place = int(np.argmin(best))
     for index in range(len(need) - 1, -1, -1):
@@ -301,13 +301,13 @@ def choose(bench: Bench, trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.attainment, -trial.usd))
 
 
-def find_plan(bench: Bench, static: Trial, most_replays: int) -> Trial:
-    """The cheapest plan found within about `most_replays` replays.
+def find_plan(bench: Bench, static: Trial, max_replays: int) -> Trial:
+    """The cheapest plan found within about `max_replays` replays.
 
     Args:
         bench: what to plan for.
         static: the best static fleet, a plan to begin with.
-        most_replays: bound on the replays of the whole search.
+        max_replays: bound on the replays of the whole search.
     """
     tried = [static, *bench.try_all(first_plans(bench))]
     for strength in range(1, REPAIRS + 1):
@@ -317,14 +317,14 @@ def find_plan(bench: Bench, static: Trial, most_replays: int) -> Trial:
         mended = [repaired(bench, trial, add) for trial in failing for add in (strength, 2 * strength)]
         tried += bench.try_all(mended)
     best = choose(bench, tried)
-    return lowered(bench, best, most_replays) if bench.holds(best) else best
+    return lowered(bench, best, max_replays) if bench.holds(best) else best
 
 
-def lowered(bench: Bench, best: Trial, most_replays: int) -> Trial:
+def lowered(bench: Bench, best: Trial, max_replays: int) -> Trial:
     """Take replicas away, over shorter and shorter stretches, as long as the SLO holds."""
     length = bench.ticks
     shortest = max(2, bench.ticks // 64)
-    while length >= shortest and bench.replays < most_replays:
+    while length >= shortest and bench.replays < max_replays:
         improved = _lower_once(bench, best, length)
         if improved is None:
             length //= 2

@@ -31,7 +31,7 @@ from envs.traffic.trace import Trace
 from policies.contract import Bools, Floats, Ints
 from policies.spec import PoolSpec, ScalingSpec
 
-MOST_INTERVALS = 480
+MAX_INTERVALS = 480
 """Intervals of the programme; longer horizons get wider ones, which only lowers the bound."""
 WORK_BINS = 4
 """Bins by size of the requests of one interval, for choosing which ones are late."""
@@ -119,7 +119,7 @@ def fluid_bound(spec: ScalingSpec, trace: Trace, horizon_s: float) -> Bound:
     base = works[0]
     # Seconds of pool 0 that a second of pool p does at best.
     speed = np.array([float((base.total_s / np.maximum(work.total_s, 1e-300)).max()) for work in works])
-    interval_s = max(spec.interface.window.control_interval_s, horizon_s / MOST_INTERVALS)
+    interval_s = max(spec.interface.window.control_interval_s, horizon_s / MAX_INTERVALS)
     intervals = math.ceil(horizon_s / interval_s - 1e-9)
     bins = _bins(trace, base, spec, interval_s, intervals, horizon_s)
     return _solve(spec, speed, bins, interval_s, intervals, horizon_s, (1.0 - spec.slo.attainment) * len(trace))
@@ -203,7 +203,7 @@ def _solve(
     interval_s: float,
     intervals: int,
     horizon_s: float,
-    most_late: float,
+    max_late: float,
 ) -> Bound:
     """Build and solve the programme.
 
@@ -290,7 +290,7 @@ def _solve(
         rows.add(np.arange(count), late, -1.0)
         rows.close(np.zeros(count))
     rows.add(np.zeros(count, np.int64), late, 1.0)
-    rows.close(np.array([most_late]))
+    rows.close(np.array([max_late]))
 
     found = linprog(
         cost, A_ub=rows.matrix(columns), b_ub=rows.limits(), bounds=np.stack([low, high], axis=1), method="highs"

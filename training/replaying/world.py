@@ -57,7 +57,7 @@ class SideBySide:
                 policy.reset()
 
     def propose(self, observation: Observation) -> Target:
-        """Every policy's wish for its own service."""
+        """Every policy's proposal for its own service."""
         targets = [policy.propose(_only(observation, index)) for index, policy in enumerate(self._policies)]
         return Target(
             replicas=np.concatenate([target.replicas for target in targets]),

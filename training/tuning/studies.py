@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BATCH = 8
 """Settings that one task replays side by side."""
 TRIALS_PER_PARAMETER = 8
-MOST_TRIALS = 24
+MAX_TRIALS = 24
 WIDENINGS = 2
 """Times that ranges are widened where the optimum lies on an edge."""
 EDGE = 0.02
@@ -48,7 +48,7 @@ class Finding:
 
 def trials_for(parameters: Sequence[Parameter]) -> int:
     """Settings to run before widening: more for more parameters."""
-    return min(MOST_TRIALS, BATCH + TRIALS_PER_PARAMETER * len(parameters))
+    return min(MAX_TRIALS, BATCH + TRIALS_PER_PARAMETER * len(parameters))
 
 
 class Store:
@@ -256,7 +256,7 @@ def _edge(item: Parameter, span: tuple[float, float], settings: dict[str, Settin
     floor = (0.0 if item.zero else 1.0) if item.whole else 0.0
     if share <= EDGE and (low > floor or (item.log and not item.whole)):
         return "low"
-    if share >= 1.0 - EDGE and high < item.most:
+    if share >= 1.0 - EDGE and high < item.limit:
         return "high"
     return ""
 
@@ -269,9 +269,9 @@ def _widened(item: Parameter, span: tuple[float, float], edge: str) -> tuple[flo
     floor = (0.0 if item.zero else 1.0) if item.whole else 0.0
     if item.log:
         step = math.sqrt(high / low)
-        return (max(low / step, floor) or low / step, high) if edge == "low" else (low, min(high * step, item.most))
+        return (max(low / step, floor) or low / step, high) if edge == "low" else (low, min(high * step, item.limit))
     step = 0.5 * (high - low)
     if edge == "high":
-        return low, min(high + step, item.most)
+        return low, min(high + step, item.limit)
     nearest = floor if item.zero or item.whole else low / 2.0
     return max(low - step, nearest), high

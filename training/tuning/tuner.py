@@ -26,7 +26,7 @@ Part = Literal["train", "hindsight"]
 
 
 @dataclass(frozen=True)
-class Question:
+class TuningTask:
     """A policy to tune on a scenario's slice."""
 
     scenario: Scenario
@@ -85,48 +85,48 @@ def try_settings(scenario: Scenario, references: Sequence[str]) -> list[tuple[fl
 
 
 def tune(
-    questions: Sequence[Question],
+    tasks: Sequence[TuningTask],
     workers: Workers,
     cache: ResultCache,
     on_progress: Progress = lambda done, total, label: None,
 ) -> list[Tuning]:
-    """Answer every question, in order; policies without parameters are left out.
+    """Answer every task, in order; policies without parameters are left out.
 
     The answers do not depend on the workers. Each study goes batch by batch; studies run beside each other.
 
     Raises:
         ConfigError: when a recorded scenario does not say what to tune on.
     """
-    searches: list[_Asked] = []
+    searches: list[_OpenTask] = []
     answers: dict[int, Tuning] = {}
     wanted: list[int] = []
     store = None
     digests: dict[tuple[str, Part], dict[int, str]] = {}
-    for index, question in enumerate(questions):
-        parameters = parameters_for(question.policy, question.scenario)
+    for index, task in enumerate(tasks):
+        parameters = parameters_for(task.policy, task.scenario)
         if not parameters:
             continue
-        scenario = question.scenario.training() if question.part == "train" else question.scenario
-        place = (question.scenario.name, question.part)
+        scenario = task.scenario.training() if task.part == "train" else task.scenario
+        place = (task.scenario.name, task.part)
         if place not in digests:
             digests[place] = trace_digests(scenario)
         wanted.append(index)
         key = {
             **scenario_key(scenario, digests[place]),
-            "policy": question.policy,
-            "bundle": resolve(question.policy).bundle_digest,
+            "policy": task.policy,
+            "bundle": resolve(task.policy).bundle_digest,
             "parameters": [repr(item) for item in parameters],
             "trials": trials_for(parameters),
         }
         known = cache.get("tuning", key)
         if known is not None:
             known["edges"] = tuple(known["edges"])
-            answers[index] = replace(Tuning(**known), scenario=question.scenario.name, part=question.part)
+            answers[index] = replace(Tuning(**known), scenario=task.scenario.name, part=task.part)
             continue
         if store is None:
             store = Store(cache.folder)
-        search = Search(question.policy, parameters, scenario.slo.attainment, store.study(key))
-        asked = _Asked(index, question, scenario, key, search)
+        search = Search(task.policy, parameters, scenario.slo.attainment, store.study(key))
+        asked = _OpenTask(index, task, scenario, key, search)
         if search.done:  # cut off between the last trial and the answer
             answers[index] = asked.answer(cache)
             continue
@@ -151,11 +151,11 @@ def tune(
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """A question, the scenario of its slice, the key of its answer, and the search for it."""
+class _OpenTask:
+    """A task, the scenario of its slice, the key of its answer, and the search for it."""
 
     index: int
-    question: Question
+    task: TuningTask
     scenario: Scenario
     key: dict[str, Any]
     search: Search
@@ -164,9 +164,9 @@ class _Asked:
         """What the search found, kept."""
         best = self.search.best
         tuning = Tuning(
-            scenario=self.question.scenario.name,
-            policy=self.question.policy,
-            part=self.question.part,
+            scenario=self.task.scenario.name,
+            policy=self.task.policy,
+            part=self.task.part,
             settings=best.settings,
             attainment=best.attainment,
             usd=best.usd,
@@ -178,6 +178,6 @@ class _Asked:
         return tuning
 
 
-def _submit_next(asked: _Asked, workers: Workers) -> int:
+def _submit_next(asked: _OpenTask, workers: Workers) -> int:
     workers.submit(asked, try_settings, asked.scenario, asked.search.ask())
     return 1

@@ -84,10 +84,10 @@ def test_output_lengths_stay_within_their_spread():
     )
 
 
-def test_a_run_ends_at_its_most_requests_but_serves_every_client():
-    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 8)) == 100
-    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 4)) == 80
-    assert len(loop_lengths(LoadProtocol(requests_per_client=20, most_requests=100), 50, 128)) == 128
+def test_a_run_ends_at_its_max_requests_but_serves_every_client():
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, max_requests=100), 50, 8)) == 100
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, max_requests=100), 50, 4)) == 80
+    assert len(loop_lengths(LoadProtocol(requests_per_client=20, max_requests=100), 50, 128)) == 128
 
 
 def test_a_prefix_in_the_cache_is_not_computed_again():

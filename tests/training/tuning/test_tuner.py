@@ -15,7 +15,7 @@ from training.replaying.result_cache import ResultCache
 from training.replaying.workers import InProcess
 from training.tuning import studies
 from training.tuning.studies import BATCH, trials_for
-from training.tuning.tuner import Question, parameters_for, try_settings, tune
+from training.tuning.tuner import TuningTask, parameters_for, try_settings, tune
 
 
 class Counting(InProcess):
@@ -39,7 +39,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(studies, "WIDENINGS", 1)
 
 
-QUESTION = Question(chat(), "token-demand", "train")
+QUESTION = TuningTask(chat(), "token-demand", "train")
 
 
 def test_the_answer_is_the_cheapest_setting_that_was_run_and_held(quick):
@@ -58,12 +58,12 @@ def test_side_by_side_settings_score_as_each_alone():
 
 def test_a_study_that_was_cut_off_goes_on_and_ends_the_same(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "TRIALS_PER_PARAMETER", BATCH)
-    questions = [Question(chat(), "static", "hindsight")]
-    (whole,) = tune(questions, InProcess(), ResultCache(tmp_path / "whole"))
+    tasks = [TuningTask(chat(), "static", "hindsight")]
+    (whole,) = tune(tasks, InProcess(), ResultCache(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        tune(questions, Counting(until=1), ResultCache(tmp_path / "cut"))
+        tune(tasks, Counting(until=1), ResultCache(tmp_path / "cut"))
     rest = Counting()
-    (resumed,) = tune(questions, rest, ResultCache(tmp_path / "cut"))
+    (resumed,) = tune(tasks, rest, ResultCache(tmp_path / "cut"))
     assert resumed == whole
     assert rest.tasks == whole.trials // BATCH - 1
 
@@ -83,14 +83,14 @@ def test_another_bundle_under_the_same_name_is_tuned_anew(quick, tmp_path):
     for name in ("first", "first", "second"):
         write_bundle(path, shipped.manifest.model_copy(update={"provenance": {"name": name}}), shipped.weights)
         counting = Counting()
-        (answer,) = tune([Question(chat(), str(path), "train")], counting, ResultCache(tmp_path / "cache"))
+        (answer,) = tune([TuningTask(chat(), str(path), "train")], counting, ResultCache(tmp_path / "cache"))
         ran.append(counting.tasks > 0)
     assert ran == [True, False, True]
     assert list(answer.settings) == ["first_price"]
 
 
 def test_policies_without_parameters_and_parameters_without_use_are_left_out():
-    assert tune([Question(chat(), "hpa:tolerance=0.2", "train")], InProcess(), ResultCache(None)) == []
+    assert tune([TuningTask(chat(), "hpa:tolerance=0.2", "train")], InProcess(), ResultCache(None)) == []
     assert "spot_share" not in {item.name for item in parameters_for("token-demand", chat())}
 
 
@@ -105,7 +105,7 @@ def test_more_parameters_get_more_trials_up_to_a_limit():
         (Parameter("x", 1.0, 1.0, 16.0, log=True), 1.0, "low", (0.25, 16.0)),
         (Parameter("x", 1.0, 1.0, 16.0, log=True), 16.0, "high", (1.0, 64.0)),
         (Parameter("x", 1.0, 0.0, 2.0, zero=True), 0.0, "", (0.0, 2.0)),
-        (Parameter("x", 1.0, 0.5, 1.0, most=1.0), 1.0, "", (0.5, 1.0)),
+        (Parameter("x", 1.0, 0.5, 1.0, limit=1.0), 1.0, "", (0.5, 1.0)),
         (Parameter("x", 1.0, 0.0, 2.0), 2.0, "high", (0.0, 3.0)),
         (Parameter("x", 1, 1, 9, whole=True), 1, "", (1, 9)),
         (Parameter("x", "a", choices=("a", "b")), "a", "", (0.0, 0.0)),
@@ -150,7 +150,7 @@ def tuning_suite():
 def test_a_recorded_scenario_must_say_what_to_tune_on(tmp_path):
     scenario = chat(trace={"file": tmp_path / "x.csv"})
     with pytest.raises(ConfigError, match="tuning on a recorded trace needs train_slice"):
-        tune([Question(scenario, "hpa", "train")], InProcess(), ResultCache(None))
+        tune([TuningTask(scenario, "hpa", "train")], InProcess(), ResultCache(None))
 
 
 def test_the_digest_covers_every_module_that_a_kept_result_comes_from():
