@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,14 +24,57 @@ import pyarrow.parquet as pq
 from envs.traffic.request_rows import COLUMNS, SORTED_NOTE, ImportResult, RowReader
 from envs.traffic.trace import TraceError, load_trace, trace_from_table
 
-_AZURE = {"arrival_s": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
-_BURSTGPT = {
-    "arrival_s": "Timestamp",
-    "prompt_tokens": "Request tokens",
-    "output_tokens": "Response tokens",
-    "model": "Model",
+
+@dataclass(frozen=True)
+class LogFormat:
+    """How the log of another project is recognised and read.
+
+    Attributes:
+        columns: the log's column for each column of a trace.
+        marks: further columns by which the log is recognised.
+        optional: columns of a trace that only some of its files have.
+        failed_output_tokens: a request with this many output tokens has failed and is left out; None for none.
+        reads_blocks: whether ``hash_ids`` name the blocks of a prompt; only JSONL can hold them.
+        tick_s: grid on which arrivals may have been rounded, seconds; they are spread over it then.
+    """
+
+    columns: Mapping[str, str]
+    marks: tuple[str, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
+    failed_output_tokens: int | None = None
+    reads_blocks: bool = False
+    tick_s: float | None = None
+
+    def found_in(self, names: set[str]) -> bool:
+        """Whether a log with these columns has this format."""
+        return {*self.columns.values(), *self.marks} <= names
+
+
+FORMATS: dict[str, LogFormat] = {
+    "azure": LogFormat(
+        {"arrival_s": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
+    ),
+    "burstgpt": LogFormat(
+        {
+            "arrival_s": "Timestamp",
+            "prompt_tokens": "Request tokens",
+            "output_tokens": "Response tokens",
+            "model": "Model",
+        },
+        marks=("Log Type",),
+        optional={"session_id": "Session ID"},
+        failed_output_tokens=0,
+    ),
+    "mooncake": LogFormat(
+        {"arrival_s": "timestamp", "prompt_tokens": "input_length", "output_tokens": "output_length"},
+        marks=("hash_ids",),
+        reads_blocks=True,
+        tick_s=3.0,
+    ),
 }
-_MOONCAKE = {"arrival_s": "timestamp", "prompt_tokens": "input_length", "output_tokens": "output_length"}
+"""Logs of other projects, by the name of the format; the first that fits is taken."""
+PLAIN = LogFormat({})
+"""Logs with a column map, or with the names of a trace."""
 
 
 def import_trace(
@@ -105,7 +149,8 @@ def _import_text(
             raise TraceError(f"{path}: line 1: expected a JSON object per line") from None
         kind, columns = _recognise(path, names, column_map, "jsonl")
         reader = RowReader(path, columns, columns, skip_bad)
-        reader.reads_blocks = kind == "mooncake"
+        log = FORMATS.get(kind, PLAIN)
+        reader.reads_blocks, reader.tick_s = log.reads_blocks, log.tick_s
         reader.read(_json_records(text))
     else:
         # Semicolons and tabs separate what spreadsheets export in half of the world.
@@ -114,7 +159,8 @@ def _import_text(
         header = [name.strip() for name in next(row for row in rows if row)]
         kind, columns = _recognise(path, set(header), column_map, "csv")
         reader = RowReader(path, columns, {name: header.index(column) for name, column in columns.items()}, skip_bad)
-        reader.failed_output_tokens = 0 if kind == "burstgpt" else None
+        log = FORMATS.get(kind, PLAIN)
+        reader.failed_output_tokens, reader.tick_s = log.failed_output_tokens, log.tick_s
         reader.read(_csv_records(rows, len(header)))
     return reader.result(kind, seed)
 
@@ -130,13 +176,10 @@ def _recognise(
         return fallback, dict(column_map)
     if set(COLUMNS[:3]) <= names:
         return fallback, {name: name for name in COLUMNS if name in names}
-    if set(_AZURE.values()) <= names:
-        return "azure", dict(_AZURE)
-    if {*_BURSTGPT.values(), "Log Type"} <= names:
-        session = {"session_id": "Session ID"} if "Session ID" in names else {}
-        return "burstgpt", _BURSTGPT | session
-    if {*_MOONCAKE.values(), "hash_ids"} <= names:
-        return "mooncake", dict(_MOONCAKE)
+    for kind, known in FORMATS.items():
+        if known.found_in(names):
+            optional = {name: column for name, column in known.optional.items() if column in names}
+            return kind, {**known.columns, **optional}
     raise TraceError(
         f"{path}: line 1: no known format has columns {_listed(names)}; "
         "map them, for example arrival_s=time,prompt_tokens=input,output_tokens=output"

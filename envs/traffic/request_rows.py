@@ -21,7 +21,6 @@ from envs.traffic.trace import Trace, TraceError
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "prefix_hit_tokens", "session_id", "tenant", "model")
 SORTED_NOTE = "rows were not in order of arrival and were sorted"
-MOONCAKE_TICK_S = 3.0
 _ERRORS_KEPT = 5
 _EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -57,6 +56,7 @@ class RowReader:
         self.skip_bad = skip_bad
         self.failed_output_tokens: int | None = None
         self.reads_blocks = False
+        self.tick_s: float | None = None
         self.rows_read = 0
         self.rows_bad = 0
         self.rows_failed = 0
@@ -118,10 +118,11 @@ class RowReader:
             columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks), columns["prompt_tokens"])
             columns["session_id"] = block_sessions(blocks)
         trace = Trace.from_arrays(arrival_s[order] - arrival_s[order[0]], **columns, name=self.path.stem)
-        ticks = np.round(trace.arrival_s / MOONCAKE_TICK_S) * MOONCAKE_TICK_S
-        if kind == "mooncake" and kept > 1 and (np.abs(trace.arrival_s - ticks) <= 0.002).all():
-            trace = spread_ticks(trace, seed, MOONCAKE_TICK_S)
-            notes.append(f"arrivals lay on ticks of {MOONCAKE_TICK_S:g} s and were spread uniformly over them")
+        if self.tick_s is not None and kept > 1:
+            ticks = np.round(trace.arrival_s / self.tick_s) * self.tick_s
+            if (np.abs(trace.arrival_s - ticks) <= 0.002).all():
+                trace = spread_ticks(trace, seed, self.tick_s)
+                notes.append(f"arrivals lay on ticks of {self.tick_s:g} s and were spread uniformly over them")
         return ImportResult(
             trace, kind, self.rows_read, self.rows_bad + self.rows_failed, tuple(self.first_errors), tuple(notes)
         )
