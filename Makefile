@@ -26,7 +26,7 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs peers fidelity cpu-engine test integration check format train scoreboard robustness \
+.PHONY: help install demo docs architecture peers fidelity cpu-engine test integration check check-full extras format train scoreboard robustness \
   model-card pictures bench constraints clean
 
 help: ## List the targets.
@@ -50,13 +50,20 @@ demo: $(STAMP) ## Run the demo; its report goes to runs/demo.
 	$(BIN)/jevons demo --out runs/demo
 
 test: $(STAMP) ## Run the tests that need no servers; ARGS goes to pytest, for example ARGS='-k traces'.
-	$(BIN)/pytest -m 'not integration' $(ARGS)
+	$(BIN)/pytest -m 'not integration$(if $(MARKS), and $(MARKS))' $(ARGS)
 
-# On Debian: apt-get install -y --no-install-recommends prometheus haproxy etcd-server
+# On Debian, as root: bash .ci/servers installs Prometheus, HAProxy and etcd.
 # For the Kubernetes API: KUBEBUILDER_ASSETS=FOLDER, as printed by `setup-envtest use -p path`.
 # MARKS='not ray and not long' leaves out what runs on Ray or plays minutes in real time, as CI does.
 integration: $(STAMP) ## Run the tests against real servers, which they start; skipped where one is missing.
 	$(BIN)/pytest -m 'integration$(if $(MARKS), and $(MARKS))' $(ARGS)
+
+check-full: ## Run what .ci/run leaves out: Ray, minutes in real time, extras; no skips; ARGS goes to pytest.
+	bash .ci/full $(ARGS)
+
+# PyTorch stays as it is: only what is missing is added.
+extras: $(STAMP) ## Add the optional packages that some tests need.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(UV_OPTIONS) -e '.[dev,aiconfigurator]'
 
 check: $(STAMP) ## Check format, lint, types and who imports whom.
 	$(BIN)/ruff format --check .
@@ -101,6 +108,9 @@ model-card: $(STAMP) ## Write docs/model_card.md from the shipped bundle and fro
 
 pictures: $(STAMP) ## Draw docs/images: bursts, and the learning curves of the training run in RUN where one is named.
 	$(BIN)/python -m training.commands.pages pictures $(if $(RUN),--run $(RUN)) $(ARGS)
+
+architecture: $(STAMP) ## Regenerate the table of rooms in docs/architecture.md from the packages' own words.
+	$(BIN)/python -m training.commands.pages architecture docs/architecture.md
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
 	$(BIN)/python -m training.commands.pages peers docs/peers.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import os
@@ -140,9 +141,34 @@ def test_product_code_holds_no_unfinished_marks() -> None:
     assert hits(pattern, product) == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_package_says_what_it_is_for(package: str) -> None:
-    assert (importlib.import_module(package).__doc__ or "").strip()
+def product_folders() -> list[Path]:
+    """The packages and the folders in them."""
+    return sorted(file.parent for package in PACKAGES for file in (ROOT / package).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", product_folders(), ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_folder_says_what_lives_there_and_exports_nothing(folder: Path) -> None:
+    (only,) = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(only, ast.Expr)
+    assert isinstance(only.value, ast.Constant)
+    assert str(only.value.value).strip()
+
+
+def test_every_folder_of_product_code_is_a_package() -> None:
+    folders = {file.parent for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
+    assert folders == set(product_folders())
+
+
+def test_no_file_of_product_code_is_longer_than_400_lines() -> None:
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    lengths = {file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+def test_the_folders_of_tests_mirror_those_of_the_packages() -> None:
+    tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
+    rooms = {folder.relative_to(ROOT) for folder in product_folders()}
+    assert tested - rooms == {Path(), Path("integration")}
 
 
 def test_make_targets_in_the_documentation_exist() -> None:

@@ -1,16 +1,16 @@
-"""Fixtures: one real server of each kind per session; a test is skipped, with the reason, where one is missing."""
+"""Fixtures: one real server of each kind per session; a test ends, with the reason, where one is missing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 from fault_proxy import FaultProxy
 from kube_server import KubeApiServer
-from servers import HAProxy, Missing, Prometheus
+from servers import HAProxy, Prometheus, start
 
 Server = TypeVar("Server")
 
@@ -19,13 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in Path(item.path).parents:
             item.add_marker(pytest.mark.integration)
-
-
-def start(make: Any, *arguments: Any, **options: Any) -> Any:
-    try:
-        return make(*arguments, **options)
-    except Missing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

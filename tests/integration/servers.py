@@ -20,8 +20,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+from tests.missing import missing_server
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
@@ -30,6 +33,14 @@ START_S = 120.0
 
 class Missing(RuntimeError):  # noqa: N818 - reads as the state that it reports
     """A program is not installed; the message says how to get it."""
+
+
+def start(make: Any, *arguments: Any, **options: Any) -> Any:
+    """A server, or the end of the test where its program is not installed."""
+    try:
+        return make(*arguments, **options)
+    except Missing as missing:
+        missing_server(str(missing))
 
 
 def program(name: str, package: str) -> str:

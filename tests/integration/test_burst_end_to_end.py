@@ -19,11 +19,10 @@ import aiohttp
 import numpy as np
 import pytest
 import yaml
-from conftest import start
 from kube_objects import create_deployment, delete_pods
 from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
-from servers import Controller, HAProxy, MLflow, Prometheus, wait_until
+from servers import Controller, HAProxy, MLflow, Prometheus, start, wait_until
 from slow_engine import slow_engine
 
 from autoscaler.hosting.config import LiveConfig

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
-from conftest import start
 from kube_objects import create_deployment, replicas_of, set_ready
 from kube_server import KubeApiServer
-from servers import Engine, Prometheus, wait_until
+from servers import Engine, Prometheus, start, wait_until
 from typer.testing import CliRunner
 
 from training.commands.main import app

@@ -28,6 +28,7 @@ START_S = 600.0
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.extra,
     pytest.mark.skipif(
         not (FOLDER / "installed").exists(), reason=f"no engine in {FOLDER}: make cpu-engine installs it"
     ),

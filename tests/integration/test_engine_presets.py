@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import start
 from exporters import ConstantEngine
-from servers import Guard, Prometheus
+from servers import Guard, Prometheus, start
 
 from autoscaler.actuators.base import FleetState
 from autoscaler.check import check_metrics

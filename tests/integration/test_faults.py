@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import start
 from exporters import ConstantEngine
 from fault_proxy import FaultProxy
 from kube_objects import DEPLOYMENTS, create_deployment, delete, kube_api, replicas_of, set_ready
 from kube_server import KubeApiServer
-from servers import Prometheus
+from servers import Prometheus, start
 
 from autoscaler.clocks import SteadyWallClock
 from autoscaler.hosting.config import LiveConfig

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import start
 from exporters import ConstantEngine
 from fault_proxy import FaultProxy
-from servers import Prometheus, free_port, wait_until
+from servers import Prometheus, free_port, start, wait_until
 
 from autoscaler.actuators.base import Access, FleetState, pools_of
 from autoscaler.check import check_metrics

@@ -10,8 +10,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from conftest import start
-from servers import Engine, Prometheus
+from servers import Engine, Prometheus, start
 
 from autoscaler.metrics.client import PrometheusConfig
 from autoscaler.metrics.traffic_recording import record

@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import start
 from exporters import ExportedWorld, Exporter
 from live_fakes import live_config
-from servers import Prometheus
+from servers import Prometheus, start
 from slow_engine import slow_engine
 
 from autoscaler.hosting.config import LiveConfig

@@ -5,21 +5,17 @@ Importing this module must stay cheap: the work is imported inside the commands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from training.commands import profile_options as options
 from training.commands.console import check_writable, one_sentence_errors, progress_bar, say, write_json
+from training.commands.fitted_profile import deliver, error_rows, fitted, limits_of, profile_of, unknowns_of
 
 if TYPE_CHECKING:
     from policies.engine import EngineProfile
-    from training.profiling.conditions import Unknowns
-    from training.profiling.errors import ErrorRow
-    from training.profiling.fit import Fit
-    from training.profiling.measurements import Measured
 
 app = typer.Typer(help="Make engine profiles, and see how far they are from measurements.", no_args_is_help=True)
 
@@ -58,18 +54,18 @@ def fit(
 
     options.check_outputs(out, report, json_file, inputs=[data])
     profile = find_engine(base, Path())
-    limits = _limits(profile, kv_tokens, max_num_batched_tokens, None)
+    limits = limits_of(profile, kv_tokens, max_num_batched_tokens, None)
     fixed = options.numbers(fix)
     table = read_measurements(data, limits, options.pairs(where, "--where"))
-    unknowns = _unknowns(table, max_num_batched_tokens, requests_per_client)
-    found = _fit(table, unknowns, profile, fixed, folds, bootstrap, seed)
+    unknowns = unknowns_of(table, max_num_batched_tokens, requests_per_client)
+    found = fitted(table, unknowns, profile, fixed, folds, bootstrap, seed)
     changes = {
         "kv_capacity_tokens": kv_tokens,
         "max_num_batched_tokens": max_num_batched_tokens or found.conditions.max_num_batched_tokens,
         "max_num_seqs": max_num_seqs,
     }
-    made = _profile(profile, name or out.stem, found, changes, f"{data.name}{_chosen(where)}")
-    _deliver(made, found, out, report, json_file)
+    made = profile_of(profile, name or out.stem, found, changes, f"{data.name}{_chosen(where)}")
+    deliver(made, found, out, report, json_file)
 
 
 @app.command("from-aiconfigurator")
@@ -108,7 +104,7 @@ def from_aiconfigurator(
     seqs = max_num_seqs or profile.max_num_seqs
     budget = max_num_batched_tokens or profile.max_num_batched_tokens
     estimated = estimate(model, system, backend, backend_version, tp, precision, seqs, budget)
-    found = _fit(estimated.steps, None, profile, {}, folds, 40, seed)
+    found = fitted(estimated.steps, None, profile, {}, folds, 40, seed)
     changes = {
         "model": model,
         "gpu": system,
@@ -120,8 +116,8 @@ def from_aiconfigurator(
         "max_num_seqs": seqs,
         "max_num_batched_tokens": budget,
     }
-    made = _profile(profile, name or out.stem, found, changes, f"{estimated.source}, estimates")
-    _deliver(made, found, out, report, json_file)
+    made = profile_of(profile, name or out.stem, found, changes, f"{estimated.source}, estimates")
+    deliver(made, found, out, report, json_file)
 
 
 @app.command()
@@ -183,17 +179,17 @@ def measure(
     capacity = kv_tokens or result.kv_capacity_tokens
     if capacity is None:
         say(f"note: the engine does not tell its KV capacity; --kv-tokens sets it, taken from {profile.name} here")
-    limits = _limits(profile, capacity, max_num_batched_tokens, max_num_seqs)
+    limits = limits_of(profile, capacity, max_num_batched_tokens, max_num_seqs)
     table = read_measurements(rows, limits)
-    found = _fit(table, None, None, fixed, folds, bootstrap, seed)
+    found = fitted(table, None, None, fixed, folds, bootstrap, seed)
     changes = {
         "model": result.model,
         "kv_capacity_tokens": capacity,
         "max_num_seqs": max_num_seqs or max(profile.max_num_seqs, *sweep.concurrency),
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    made = _profile(profile, name or out.stem, found, changes, f"{rows.name}, closed loops on a live engine")
-    _deliver(made, found, out, report, json_file)
+    made = profile_of(profile, name or out.stem, found, changes, f"{rows.name}, closed loops on a live engine")
+    deliver(made, found, out, report, json_file)
 
 
 @app.command()
@@ -282,8 +278,8 @@ def _validate_rows(
     from training.profiling.fit import coefficients_of
     from training.profiling.measurements import read_measurements
 
-    table = read_measurements(data, _limits(engine, None, budget, None), where)
-    unknowns = _unknowns(table, budget or engine.max_num_batched_tokens, per_client or REQUESTS_PER_CLIENT)
+    table = read_measurements(data, limits_of(engine, None, budget, None), where)
+    unknowns = unknowns_of(table, budget or engine.max_num_batched_tokens, per_client or REQUESTS_PER_CLIENT)
     table = unknowns.usual.apply(table)
     predicted = table.predict(coefficients_of(engine.step))
     errors = [("", ErrorRow.of(quantity, values, table.measured[quantity])) for quantity, values in predicted.items()]
@@ -294,109 +290,7 @@ def _validate_rows(
         write_page(report, f"{engine.name} against {data.name}", [("Errors", ERROR_HEADINGS, cells)], plots)
         say(f"wrote {report}")
     if json_file is not None:
-        write_json(json_file, {"profile": engine.name, "errors": _error_json(errors)})
-
-
-def _limits(profile: EngineProfile, kv_tokens: int | None, budget: int | None, seqs: int | None) -> Any:
-    from training.profiling.measurements import Limits
-
-    return Limits(kv_tokens or profile.kv_capacity_tokens, budget or profile.max_num_batched_tokens, seqs)
-
-
-def _unknowns(table: Measured, budget: int | None, per_client: int | None) -> Unknowns:
-    """Ways that a table may have been measured; none but the stated one where the file says it."""
-    from training.profiling.conditions import AS_STATED, unknown_conditions
-    from training.profiling.measurements import LoopLatencyTable
-
-    if not isinstance(table, LoopLatencyTable) or table.protocols is not None:
-        return AS_STATED
-    return unknown_conditions(budget, per_client, saturated=bool(table.saturated.any()))
-
-
-def _fit(
-    table: Measured,
-    unknowns: Unknowns | None,
-    start: EngineProfile | None,
-    fixed: dict[str, float],
-    folds: int,
-    bootstrap: int,
-    seed: int,
-) -> Fit:
-    from envs.cluster.warm_up import warm_up
-    from training.profiling.conditions import AS_STATED
-    from training.profiling.fit import fit_profile
-
-    warm_up(say)
-    with progress_bar("fitting") as tell:
-        return fit_profile(
-            table,
-            unknowns=unknowns or AS_STATED,
-            start=None if start is None else start.step,
-            fixed=fixed,
-            folds=folds,
-            bootstrap=bootstrap,
-            seed=seed,
-            on_progress=tell,
-        )
-
-
-def _profile(base: EngineProfile, name: str, fit: Fit, changes: dict[str, Any], source: str) -> EngineProfile:
-    from policies.engine import EngineProfile
-    from training.pages.profiles import fit_errors
-
-    errors = "; ".join(
-        f"{error.quantity}{label}: mean error {error.mean:.1%} over {error.rows} rows"
-        for label, error in fit_errors(fit)
-    )
-    data = base.model_dump() | {field: value for field, value in changes.items() if value is not None}
-    data |= {"name": name, "step": fit.step.model_dump()}
-    data["fitted_on"] = f"{source}. Conditions: {fit.conditions}. {errors}."
-    return EngineProfile.model_validate(data)
-
-
-def _deliver(profile: EngineProfile, fit: Fit, out: Path, report: Path | None, json_file: Path | None) -> None:
-    from training.pages.profiles import (
-        ERROR_HEADINGS,
-        coefficient_cells,
-        error_cells,
-        fit_errors,
-        scatter,
-        show,
-        write_page,
-        write_profile,
-    )
-
-    errors = fit_errors(fit)
-    tables = [
-        ("Errors", ERROR_HEADINGS, error_cells(errors)),
-        ("Coefficients", ("coefficient", "value", "90 % interval"), coefficient_cells(fit)),
-    ]
-    for title, headings, cells in tables:
-        show(title, headings, cells)
-    say(f"conditions: {fit.conditions}")
-    note = "Cold start, price and node size are the base profile's: set your own."
-    write_profile(out, profile, ["Written by `jevons profile`.", note])
-    say(f"wrote {out}")
-    if report is not None:
-        series = {"in sample": fit.in_sample} | ({"held out": fit.held_out} if fit.folds else {})
-        write_page(report, f"{profile.name}: fit", tables, scatter(series, fit.table.measured))
-        say(f"wrote {report}")
-    if json_file is not None:
-        write_json(
-            json_file,
-            {
-                "profile": profile.model_dump(mode="json"),
-                "conditions": str(fit.conditions),
-                "errors": _error_json(errors),
-                "coefficients": {row[0]: {"value": row[1], "interval": row[2]} for row in coefficient_cells(fit)},
-            },
-        )
-
-
-def _error_json(errors: Sequence[tuple[str, ErrorRow]]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    return [{"label": label.strip(", "), **asdict(error)} for label, error in errors]
+        write_json(json_file, {"profile": engine.name, "errors": error_rows(errors)})
 
 
 def _chosen(where: list[str] | None) -> str:

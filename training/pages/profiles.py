@@ -8,15 +8,12 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import yaml
 from plotly.offline import get_plotlyjs
 
 from policies.contract import Floats
-from policies.engine import EngineProfile
 from policies.files import write_text
 from training.profiling.errors import ErrorRow
 from training.profiling.fit import Fit, coefficients_of
@@ -195,16 +192,3 @@ def write_page(
     parts.append("</main></body></html>")
     page = "\n".join(parts)
     write_text(path, page)
-
-
-def write_profile(path: Path, profile: EngineProfile, notes: Sequence[str]) -> None:
-    """Write a profile as YAML, `notes` above it as comments.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    data: dict[str, Any] = profile.model_dump(mode="json")
-    text = "".join(f"# {note}\n" for note in notes) + yaml.safe_dump(
-        data, sort_keys=False, allow_unicode=True, width=110
-    )
-    write_text(path, text)

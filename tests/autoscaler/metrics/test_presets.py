@@ -15,6 +15,7 @@ from autoscaler.metrics import presets
 from autoscaler.metrics.client import Engine, GatewayName, PrometheusConfig
 from autoscaler.metrics.queries import build_queries
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
+from tests.missing import missing_server
 
 GOLDENS = Path(__file__).parent / "goldens"
 ENGINE = find_engine("llama-3.1-8b-h100", Path())
@@ -50,7 +51,7 @@ def test_queries_are_those_of_the_golden_file(name: str) -> None:
 def test_promtool_accepts_every_query(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed: apt-get install -y --no-install-recommends prometheus")
+        missing_server("promtool is not installed: apt-get install -y --no-install-recommends prometheus")
     texts = [line.split(": ", 1)[1] for options in CONFIGS.values() for line in rendered(options)]
     rules = [{"record": f"query_{number}", "expr": text} for number, text in enumerate(texts)]
     file = tmp_path / "rules.yml"

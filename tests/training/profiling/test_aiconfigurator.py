@@ -19,6 +19,7 @@ def test_a_missing_package_is_named(monkeypatch):
         asked()
 
 
+@pytest.mark.extra
 def test_a_covered_pair_gives_step_times_and_capacity():
     pytest.importorskip("aiconfigurator_core", reason="the extra aiconfigurator is not installed")
     found = asked()
@@ -29,6 +30,7 @@ def test_a_covered_pair_gives_step_times_and_capacity():
     assert found.steps.measured["step"][0] == pytest.approx(6.12e-3, rel=0.01)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
