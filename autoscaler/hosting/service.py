@@ -35,14 +35,13 @@ from autoscaler.records.memory import Memory, bring_back
 from autoscaler.records.ticks import unconcluded
 from autoscaler.stages import Stages
 from autoscaler.versions.counterfactuals import Counterfactuals
-from autoscaler.versions.follower import PolicyFollower, Probation, is_learned
+from autoscaler.versions.follower import is_learned
 from autoscaler.versions.ladder import FallbackLadder
 from autoscaler.versions.lifecycle import Lifecycle
 from policies.contract import Bools, Decision, Outcome, Reason
 from policies.decider import Decider
 from policies.fleet import Fleet
 from policies.lineup import make_policy
-from policies.spec import InterfaceSpec, ScalingSpec
 
 LOG = logging.getLogger("jevons")
 MAX_FAULTS = 10
@@ -103,7 +102,11 @@ class LiveService:
         self.ladder = FallbackLadder(fleet, make_policy(config.fallback, fleet, specs), config.ladder)
         peers = {reference: make_policy(reference, fleet, specs) for reference in config.counterfactuals}
         self.counterfactuals = Counterfactuals(peers, fleet, overhead_rate)
-        self.lifecycle = self._policies(fleet, interface, specs, overhead_rate)
+        if not is_learned(config.policy):
+            self.ladder.baseline = make_policy(config.policy.reference, fleet, specs)
+        self.lifecycle = Lifecycle.of(
+            config.policy, self.services, fleet, interface, self.ladder, self.counterfactuals, overhead_rate
+        )
 
         self.leases = self._leases()
         self.heartbeat = Heartbeat(
@@ -306,21 +309,6 @@ class LiveService:
             self._presence.tell({"doing": doing, **self.status()})
         except RecordsUnavailable as error:
             self.problem = str(error)
-
-    def _policies(
-        self, fleet: Fleet, interface: InterfaceSpec, specs: tuple[ScalingSpec, ...], overhead_rate: np.ndarray
-    ) -> Lifecycle:
-        config = self.config.policy
-        champion = challenger = None
-        first_price = np.array([config.first_prices.get(name, np.nan) for name in self.services])
-        if is_learned(config):
-            champion = PolicyFollower(config.reference, config, fleet, interface, first_price)
-        else:
-            self.ladder.baseline = make_policy(config.reference, fleet, specs)
-        if config.challenger is not None:
-            challenger = PolicyFollower(config.challenger, config, fleet, interface, first_price)
-        probation = Probation(config.rollback)
-        return Lifecycle(champion, challenger, self.ladder, self.counterfactuals, probation, fleet, overhead_rate)
 
     def _leases(self) -> Leases:
         lease = self.config.lease

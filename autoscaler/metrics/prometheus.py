@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,14 @@ import numpy as np
 from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.metrics import presets
 from autoscaler.metrics.boot_ledger import BootLedger
-from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError
+from autoscaler.metrics.client import PrometheusConfig
 from autoscaler.metrics.coverage import Coverage
-from autoscaler.metrics.latency_histograms import counts_by_latency, read_buckets, share_within
-from autoscaler.metrics.queries import Query, build_queries, candidates_by_signal, per_pool
+from autoscaler.metrics.latency_histograms import counts_by_latency, share_within
 from autoscaler.metrics.queue_age import QueueAge
-from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, MetricsUnavailable, Snapshot
+from autoscaler.metrics.signals import SignalReader
+from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Snapshot
 from policies.engine import ConfigError
 from policies.spec import ScalingSpec
-
-WORKERS = 8
-"""Queries in flight at once."""
 
 
 class PrometheusSource:
@@ -63,24 +59,7 @@ class PrometheusSource:
             raise ConfigError(f"metrics: service {several!r} has several pools, so pool_label must be set")
         self._state = state
         self._clock = clock
-        self._client = PrometheusClient(config)
-        self._executor = ThreadPoolExecutor(WORKERS, "prometheus")
-        self.queries = build_queries(config, specs)
-        self._rows = {
-            kind: {names.get(spec.service, spec.service): row for row, spec in enumerate(specs)}
-            for kind, names in (
-                ("engine", config.names),
-                ("gateway", config.gateway_names),
-                ("replicas", config.replicas_names),
-            )
-        }
-        self._columns: list[dict[str, int]] = [
-            {
-                **({"": 0} if len(spec.pools) == 1 else {}),
-                **{pool.label: place for place, pool in enumerate(spec.pools)},
-            }
-            for spec in specs
-        ]
+        self._signals = SignalReader(config, specs)
         self._slo_ttft = np.array([spec.slo.ttft_s for spec in specs])
         self._slo_tpot = np.array([spec.slo.tpot_s for spec in specs])
         self._boot = BootLedger(specs)
@@ -94,73 +73,24 @@ class PrometheusSource:
         Raises:
             MetricsUnavailable: when no query was answered.
         """
-        answers, problems = self._ask_all()
+        answers, problems = self._signals.ask()
         state = self._state() if self._state is not None else None
         self.last_state = state
         if state is not None:
             problems += list(state.problems)
-        now_s = self._time(answers)
-        values = {query.signal: self._fill(query, answers.get(query.signal), problems) for query in self.queries}
+        now_s = self._signals.time_s(answers, self._clock())
+        values = self._signals.arrays(answers, problems)
         snapshot = self._assemble(values, answers, state, now_s, problems)
         self.problems = tuple(dict.fromkeys(problems))
         return snapshot
 
     def replica_loads(self) -> dict[str, float]:
         """Running requests by replica, for removing the least loaded first; empty when unknown."""
-        names, _ = candidates_by_signal(self.config).get("running", ((), ""))
-        label = self.config.replica_label
-        try:
-            rows = self._client.ask(presets.render("running", names, (label,), self.config.matchers, self._window_s))
-        except PrometheusQueryError:
-            return {}
-        return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
+        return self._signals.replica_loads(self._window_s)
 
     def close(self) -> None:
         """Stop the query threads and drop connections."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
-
-    def _ask_all(self) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-        try:
-            self._client.log_in()
-        except ConfigError as error:
-            raise MetricsUnavailable(str(error)) from None
-        until_s = time.monotonic() + self.config.deadline_s
-        futures = {query.signal: self._executor.submit(self._client.ask, query.text, until_s) for query in self.queries}
-        answers, problems = {}, []
-        for signal, future in futures.items():
-            try:
-                answers[signal] = future.result(max(0.0, until_s - time.monotonic()) + self.config.timeout_s)
-            except (PrometheusQueryError, TimeoutError) as error:
-                problems.append(f"{signal}: {error or 'no answer in time'}")
-        if not answers:
-            raise MetricsUnavailable(f"{self.config.url}: {problems[0]}")
-        return answers, problems
-
-    def _time(self, answers: Mapping[str, list[dict[str, Any]]]) -> float:
-        """The server's clock where it says a time: ages are differences on that clock alone."""
-        return max((float(rows[0]["value"][0]) for rows in answers.values() if rows), default=self._clock())
-
-    def _fill(self, query: Query, rows: list[dict[str, Any]] | None, problems: list[str]) -> Floats:
-        """One signal as an array: (n, P) by pool, (n,) by service. Buckets are read elsewhere."""
-        n, pools = len(self.specs), max(len(spec.pools) for spec in self.specs)
-        values = np.full((n, pools), np.nan)
-        if rows is not None and not query.signal.endswith("_bucket"):
-            by_name = self._rows[query.kind]
-            for sample in rows:
-                metric = sample["metric"]
-                row = by_name.get(metric.get(query.label, ""))
-                if row is None:
-                    continue
-                column = self._columns[row].get(metric.get(query.pool_label, "")) if query.pool_label else 0
-                if column is None:
-                    continue
-                value = float(sample["value"][1])
-                if not np.isfinite(value):
-                    problems.append(f"{query.signal}: {self.specs[row].service} reports {sample['value'][1]}")
-                    value = np.nan
-                values[row, column] = value
-        return values if query.pool_label or per_pool(query.signal) else values[:, 0]
+        self._signals.close()
 
     def _assemble(
         self,
@@ -285,15 +215,10 @@ class PrometheusSource:
     ) -> tuple[Floats, Floats, Floats]:
         """(n,) share within the objective, (n, edges + 1) events per second by latency, (n,) events per second."""
         n = len(self.specs)
-        query = next((one for one in self.queries if one.signal == signal), None)
-        rows = answers.get(signal, [])
-        buckets = read_buckets(rows if query else [], query.label if query else "", self._row_of(query), n)
+        buckets = self._signals.buckets(signal, answers.get(signal, []))
         share, untold = share_within(buckets, slo_s, wait_s)
         problems += [
             f"{signal}: {self.specs[row].service}: {slo_s[row]:g} s is no bucket edge" for row in np.flatnonzero(untold)
         ]
         histograms = counts_by_latency(buckets, edges_s, wait_s) if self.config.histograms else np.full((n, 0), np.nan)
         return share, histograms, buckets.total
-
-    def _row_of(self, query: Query | None) -> Mapping[str, int]:
-        return self._rows[query.kind] if query else {}

@@ -5,13 +5,18 @@ This module must not know where versions come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from autoscaler.versions.counterfactuals import Counterfactuals
-from autoscaler.versions.follower import PolicyFollower, Probation
+from autoscaler.versions.follower import PolicyConfig, PolicyFollower, Probation, is_learned
 from autoscaler.versions.ladder import FallbackLadder
 from policies.contract import Decision, Floats
 from policies.cost_rates import cost_rates
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy
+from policies.spec import InterfaceSpec
 
 CHALLENGER = "challenger"
 
@@ -50,6 +55,27 @@ class Lifecycle:
         self._fleet = fleet
         self._overhead_rate = overhead_rate
         self._previous: tuple[str, LearnedPolicy] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: PolicyConfig,
+        services: Sequence[str],
+        fleet: Fleet,
+        interface: InterfaceSpec,
+        ladder: FallbackLadder,
+        counterfactuals: Counterfactuals,
+        overhead_rate: Floats,
+    ) -> Lifecycle:
+        """As a live configuration says; where it names a rule, no champion is followed."""
+        first_price = np.array([config.first_prices.get(name, np.nan) for name in services])
+
+        def follower(reference: str | None) -> PolicyFollower | None:
+            return None if reference is None else PolicyFollower(reference, config, fleet, interface, first_price)
+
+        champion = follower(config.reference if is_learned(config) else None)
+        probation = Probation(config.rollback)
+        return cls(champion, follower(config.challenger), ladder, counterfactuals, probation, fleet, overhead_rate)
 
     @property
     def version(self) -> str:

@@ -32,7 +32,7 @@ class Answers:
     """Answers queries by the signal that they are for; a signal without an entry has no series."""
 
     def __init__(self, source: PrometheusSource, by_signal: dict[str, Any]) -> None:
-        self.signals = {query.text: query for query in source.queries}
+        self.signals = {query.text: query for query in source._signals.queries}
         self.by_signal = by_signal
 
     def log_in(self) -> None:
@@ -66,7 +66,7 @@ def read(by_signal: dict[str, Any], one: ScalingSpec | None = None, ready: float
 
     config = PrometheusConfig.model_validate({"url": "http://localhost:9090", **options})
     source = PrometheusSource(config, specs, state)
-    source._client = Answers(source, by_signal)  # type: ignore[assignment]
+    source._signals._client = Answers(source, by_signal)  # type: ignore[assignment]
     snapshot = source.read()
     source.close()
     return snapshot
