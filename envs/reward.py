@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.columns import clip
 from policies.contract import Bools, Floats, Ints
 from policies.fleet import Fleet
 from policies.objective import Objective, Usage, attainment
+from policies.pool_arrays import clip
 from policies.spec import ObjectiveSpec
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, clip, max_pools, nan_to_num
 from policies.contract import Bools, Floats, Observation, Target
 from policies.fleet import Fleet
 from policies.observation import FEATURES
+from policies.pool_arrays import any_pool, clip, max_pools, nan_to_num
 from policies.spec import ActionSpec
 
 ACTIONS: tuple[str, ...] = ("headroom", "slack", "batch_cap", "spot_share")

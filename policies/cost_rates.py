@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.columns import nan_to_num, sum_pools
 from policies.contract import Floats, Ints, Observation, Snapshot
 from policies.fleet import Fleet
+from policies.pool_arrays import nan_to_num, sum_pools
 
 
 def cost_rates(snapshot: Snapshot, fleet: Fleet, overhead_rate: Floats) -> tuple[Floats, Floats]:

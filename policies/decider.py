@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, min_pools, sum_pools
 from policies.contract import Bools, Decision, Floats, Ints, Observation, Outcome, Policy, Snapshot, Target
 from policies.fleet import Fleet
 from policies.guardrails import Situation, settle
 from policies.observation import ObservationBuilder
+from policies.pool_arrays import any_pool, min_pools, sum_pools
 from policies.spec import GuardrailSpec, WindowSpec
 
 

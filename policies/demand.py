@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.columns import clip, nan_to_zero, sum_pools
 from policies.contract import Floats, Ints, Snapshot
 from policies.fleet import Fleet
+from policies.pool_arrays import clip, nan_to_zero, sum_pools
 
 BACKLOG_DRAIN_S = 30.0
 """The backlog should be worked off in this time."""

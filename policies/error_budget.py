@@ -1,7 +1,7 @@
 """The error budget of a service: the misses that its SLO allows, and how fast they are spent.
 
-Whoever follows it, a rule's headroom (`policies.self_tuned`) or the price of a miss (`policies.miss_price`), counts
-the same requests. This module must not know what follows it.
+A rule's headroom (`policies.self_tuned`) and the price of a miss (`policies.miss_price_dial`) follow it, and count the
+same requests. This module must not know what follows it.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import any_pool, clip, min_pools, nan_to_zero, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
+from policies.pool_arrays import any_pool, clip, min_pools, nan_to_zero, sum_pools
 from policies.spec import GuardrailSpec
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from policies.action import ACTIONS, decode_action
+from policies.atomic_files import write_whole
 from policies.baselines.parameters import Parameter
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
-from policies.files import write_whole
 from policies.fleet import Fleet
-from policies.miss_price import MISS_PRICES, MissPriceDial
+from policies.miss_price_dial import MISS_PRICES, MissPriceDial
 from policies.observation import FEATURES, encode_miss_price
 from policies.spec import InterfaceSpec
 
@@ -160,7 +160,7 @@ def _digest(manifest: dict[str, Any], weights: bytes) -> str:
 class LearnedPolicy(Durable):
     """Runs a bundle's network and decodes its outputs.
 
-    The network reads the price of a miss, which follows the error budget (`policies.miss_price`).
+    The network reads the price of a miss, which follows the error budget (`policies.miss_price_dial`).
 
     Args:
         bundle: verified weights and manifest.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.columns import min_pools, sum_pools
 from policies.contract import Floats
 from policies.fleet import Fleet
+from policies.pool_arrays import min_pools, sum_pools
 from policies.spec import ObjectiveSpec
 
 

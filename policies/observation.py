@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, clip, max_pools, min_pools, nan_to_zero, sum_pools
 from policies.contract import Bools, Features, Floats, Ints, Observation, Snapshot, take_rows
 from policies.demand import Demand, RequestMix, estimate_demand
 from policies.fleet import Fleet
+from policies.pool_arrays import any_pool, clip, max_pools, min_pools, nan_to_zero, sum_pools
 from policies.spec import WindowSpec
 
 MEMORIES_S = (60.0, 300.0, 1800.0)

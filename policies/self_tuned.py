@@ -15,12 +15,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from policies.columns import any_pool, sum_pools
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation, Policy, Snapshot, Target
 from policies.durable import Durable, State
 from policies.error_budget import ErrorBudget, Fading
 from policies.fleet import Fleet
 from policies.latency import slower
+from policies.pool_arrays import any_pool, sum_pools
 
 MIN_HEADROOM, MAX_HEADROOM = 0.5, 3.0
 """Lowest and highest headroom."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies.columns import any_pool, min_pools
 from policies.contract import Bools, Floats, Ints
+from policies.pool_arrays import any_pool, min_pools
 
 UNKNOWN = -1
 """A count that nobody can tell an edit from."""

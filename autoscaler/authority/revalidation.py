@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from policies.columns import any_pool, nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Target
 from policies.engine import NonNegative, StrictModel
 from policies.fleet import Fleet
+from policies.pool_arrays import any_pool, nan_to_num, sum_pools
 
 NOTHING = -1
 

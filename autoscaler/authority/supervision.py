@@ -21,10 +21,10 @@ from autoscaler.authority.leases import NOT_HELD
 from autoscaler.authority.revalidation import Revalidation, RevalidationSpec
 from autoscaler.versions.counterfactuals import Counterfactuals
 from autoscaler.versions.ladder import FallbackLadder, Rung
-from policies.columns import any_pool
 from policies.contract import Bools, Decision, Floats, Observation, Outcome, Reason, Snapshot
 from policies.decider import Decider
 from policies.engine import NonNegative, Positive, StrictModel
+from policies.pool_arrays import any_pool
 
 
 class SupervisionSpec(StrictModel):

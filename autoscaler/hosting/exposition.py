@@ -23,11 +23,11 @@ from prometheus_client.core import (
 )
 from pydantic import Field
 
-from policies.columns import nan_to_num, sum_pools
 from policies.contract import Decision, Floats, Outcome, Reason
 from policies.cost_rates import cost_rates, token_rate_tps
 from policies.engine import StrictModel
 from policies.fleet import Fleet
+from policies.pool_arrays import nan_to_num, sum_pools
 
 LATENCY_EDGES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

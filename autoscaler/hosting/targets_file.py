@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.controller import not_acted
+from policies.atomic_files import write_whole
 from policies.contract import Decision
-from policies.files import write_whole
 
 
 class TargetsFile:

@@ -18,9 +18,9 @@ from autoscaler.actuators.base import FleetState, pools_of
 from autoscaler.metrics import presets
 from autoscaler.metrics.boot_ledger import BootLedger
 from autoscaler.metrics.client import PrometheusConfig
-from autoscaler.metrics.coverage import Coverage
 from autoscaler.metrics.latency_histograms import counts_by_latency, share_within
 from autoscaler.metrics.queue_age import QueueAge
+from autoscaler.metrics.scrape_coverage import Coverage
 from autoscaler.metrics.signals import SignalReader
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Floats, Snapshot
 from policies.engine import ConfigError

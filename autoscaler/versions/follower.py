@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from policies.columns import nan_to_num
 from policies.contract import Decision, Floats
 from policies.engine import NonNegative, Positive, StrictModel
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch, LearnedPolicy, PolicyBundle, load_bundle
 from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
 from policies.observation import FEATURES
+from policies.pool_arrays import nan_to_num
 from policies.spec import InterfaceSpec, Share
 
 BUNDLE_FILE = "policy.zip"

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from policies.columns import nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Policy, Reason, Snapshot, Target
 from policies.durable import restore_each, states_of
 from policies.engine import NonNegative, StrictModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy
+from policies.pool_arrays import nan_to_num, sum_pools
 
 
 class LadderSpec(StrictModel):

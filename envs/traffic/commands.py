@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 
 if TYPE_CHECKING:
     from envs.traffic.trace import Trace

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from envs.traffic.agent_sessions import sample_sessions
-from envs.traffic.profiles import DRIFT_PHI, SHAPES, Gate, Shape, SteadyProfile
+from envs.traffic.shapes import DRIFT_PHI, SHAPES, Gate, Shape, SteadyProfile
 from envs.traffic.trace import Trace, TraceError, merge
 from policies.engine import NonNegative, Positive, StrictModel
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from policies.files import write_whole
+from policies.atomic_files import write_whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]

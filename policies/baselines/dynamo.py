@@ -20,9 +20,9 @@ import numpy as np
 
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy
-from policies.columns import sum_pools
 from policies.contract import Bools, Floats, Observation
 from policies.fleet import Fleet
+from policies.pool_arrays import sum_pools
 
 THRESHOLDS = {"throughput": (1.0, 0.6), "latency": (0.4, 0.1)}
 SENSITIVITY = 0.8

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.baselines.horizontal_pod import DOWN, PERIOD_S, TOLERANCE, Behavior, ScalingRules
+from policies.baselines.hpa_behavior import DOWN, PERIOD_S, TOLERANCE, Behavior, ScalingRules
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy
 from policies.baselines.windows import Tick

@@ -14,14 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.baselines.horizontal_pod import Behavior, ScalingRules, tolerated
+from policies.baselines.hpa_behavior import Behavior, ScalingRules, tolerated
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy
 from policies.baselines.windows import SlidingWindow
-from policies.columns import sum_pools
 from policies.contract import TPOT_EDGES_S, TTFT_EDGES_S, Bools, Floats, Observation
 from policies.fleet import Fleet
 from policies.latency import histogram_quantile
+from policies.pool_arrays import sum_pools
 
 SIGNAL_S = 15.0
 QUANTILE = 0.9

@@ -17,10 +17,10 @@ from policies.action import allocate, reference_batch_cap
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow
-from policies.columns import nan_to_num, sum_pools
 from policies.contract import Bools, Observation, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
+from policies.pool_arrays import nan_to_num, sum_pools
 
 ESTIMATES = ("larger", "geometric", "tokens", "occupancy")
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from policies.baselines.parameters import SPOT_SHARE, Parameter
 from policies.baselines.windows import Tick
-from policies.columns import any_pool, nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Ints, Observation, Snapshot, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
+from policies.pool_arrays import any_pool, nan_to_num, sum_pools
 
 NOMINAL_CONTEXT_TOKENS = 1000.0
 

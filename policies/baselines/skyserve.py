@@ -18,9 +18,9 @@ import numpy as np
 from policies.baselines.parameters import Parameter
 from policies.baselines.single_pool import Service, SinglePoolPolicy, spread
 from policies.baselines.windows import SlidingWindow, Streak
-from policies.columns import any_pool, nan_to_num, sum_pools
 from policies.contract import Bools, Floats, Observation
 from policies.fleet import Fleet
+from policies.pool_arrays import any_pool, nan_to_num, sum_pools
 
 DECISION_S = 20.0
 QPS_WINDOW_S = 60.0

@@ -15,14 +15,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.baselines.horizontal_pod import Behavior, ScalingRules
+from policies.baselines.hpa_behavior import Behavior, ScalingRules
 from policies.baselines.parameters import Parameter
 from policies.baselines.single_pool import Placement
 from policies.baselines.windows import SlidingWindow, Tick
-from policies.columns import sum_pools
 from policies.contract import Bools, Floats, Observation, Snapshot, Target
 from policies.durable import Durable
 from policies.fleet import Fleet
+from policies.pool_arrays import sum_pools
 
 ENGINE_S = 60.0
 IDLE_S = 600.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 
 if TYPE_CHECKING:
     from training.replaying.workers import Progress

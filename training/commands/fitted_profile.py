@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 from training.commands.console import progress_bar, say, write_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import typer
 
 from autoscaler.commands import check, control, decisions, emulate
 from envs.traffic import commands as trace
-from policies.files import write_whole
+from policies.atomic_files import write_whole
 from training.commands import profile, record, robustness, sweep, train, what_if
 from training.commands.console import (
     check_writable,
@@ -231,7 +231,7 @@ def simulate(
     from envs.cluster.warm_up import warm_up
     from envs.traffic.formats import import_trace
     from policies.spec import find_engine
-    from training.replaying.simulate import simulate as replay_fixed
+    from training.replaying.fixed_fleet import simulate as replay_fixed
 
     profile = find_engine(engine, Path())
     imported = import_trace(trace)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 from training.commands.console import one_sentence_errors, progress_bar, say
 
 ROOT = Path(__file__).resolve().parent.parent.parent

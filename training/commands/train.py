@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 from training.commands.console import INTERRUPTED, check_writable, one_sentence_errors, say, training_bars
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from envs.episodes import Episodes
 from envs.vector_env import AutoscalingVecEnv
+from policies.atomic_files import PARTIAL, write_text, write_whole
 from policies.contract import Floats
-from policies.files import PARTIAL, write_text, write_whole
 from training.learning.train_config import TrainConfig
 
 STATE_FILE = "state.json"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 from training.learning.monitor import STATE_FILE
 from training.learning.train import Stopped, TrainedPolicy, course_of, train_all, train_seed
 from training.learning.train_config import TrainConfig

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from pydantic import Field, model_validator
 
+from policies.atomic_files import write_text
 from policies.engine import ConfigError, StrictModel, load_model, parse_model, read_yaml
-from policies.files import write_text
 from training.learning.monitor import RunState
 from training.learning.seed_tasks import POLL_S, STOP_FILE, Where, show_progress, train_task
 from training.learning.train import Stopped

@@ -23,8 +23,8 @@ from envs.randomization import ScenarioBank, draw_bank
 from envs.traffic.trace import Trace
 from envs.vector_env import AutoscalingVecEnv
 from policies.action import ACTIONS
+from policies.atomic_files import write_text
 from policies.engine import ConfigError, read_yaml
-from policies.files import write_text
 from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec

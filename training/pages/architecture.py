@@ -1,4 +1,4 @@
-"""The table of rooms in ``docs/architecture.md``, from the docstrings of the packages."""
+"""The rooms in ``docs/architecture.md``: every folder and file of the packages, in the words of their docstrings."""
 
 from __future__ import annotations
 
@@ -9,36 +9,44 @@ from pathlib import Path
 from training.pages.tables import table
 
 PACKAGES = ("policies", "envs", "autoscaler", "training")
-HEADINGS = ("room", "what lives there", "what it must not know", "files")
 
 
 def rooms(root: Path) -> str:
-    """Markdown: per package a sentence and a table, a row for each folder and for each file that lies in none.
+    """Markdown: per package its rooms, with what they must not know, and then the files of each room.
+
+    A room is a folder, or a file that lies in none.
 
     Args:
         root: folder that holds the packages.
 
     Raises:
-        ValueError: when a package or a file says nothing of itself.
+        ValueError: when a package, a folder or a file says nothing of itself.
     """
     parts = []
     for name in PACKAGES:
         package = root / name
         lives, _ = _said(package / "__init__.py")
         folders = [folder for folder in sorted(package.iterdir()) if (folder / "__init__.py").is_file()]
-        files = [file for file in sorted(package.glob("*.py")) if file.stem != "__init__"]
-        rows = [_row(f"`{name}/{folder.name}/`", folder / "__init__.py", _names(folder)) for folder in folders]
-        rows += [_row(f"`{name}/{file.stem}`", file, "") for file in files]
-        parts += [f"### `{name}/`", lives, table(HEADINGS, rows)]
+        rows = [(_linked(_of(root, folder)), *_said(folder / "__init__.py")) for folder in folders]
+        rows += [(f"`{_of(root, file.with_suffix(''))}`", *_said(file)) for file in _files(package)]
+        parts += [f"### `{name}/`", lives, table(("room", "what lives there", "what it must not know"), rows)]
+        for folder in folders:
+            files = [(f"`{file.stem}`", _said(file)[0]) for file in _files(folder)]
+            parts += [f"#### `{_of(root, folder)}/`", table(("file", "what it holds"), files)]
     return "\n\n".join(parts)
 
 
-def _row(room: str, source: Path, files: str) -> tuple[str, ...]:
-    return (room, *_said(source), files)
+def _files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
 
 
-def _names(folder: Path) -> str:
-    return ", ".join(f"`{file.stem}`" for file in sorted(folder.glob("*.py")) if file.stem != "__init__")
+def _of(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _linked(folder: str) -> str:
+    """A folder, linked to its heading by the identifier that Markdown readers give it."""
+    return f"[`{folder}/`](#{folder.replace('/', '')})"
 
 
 def _said(source: Path) -> tuple[str, str]:
@@ -47,7 +55,7 @@ def _said(source: Path) -> tuple[str, str]:
     if not text:
         raise ValueError(f"{source}: expected a docstring that says what lives here")
     text = text.replace("``", "`").replace("|", "\\|")
-    unknown = re.search(r"[Mm]ust not know (.+?)\.(?:\s|$)", text, re.DOTALL)
+    unknown = re.search(r"[Mm]ust not know (?:about )?(.+?)\.(?:\s|$)", text, re.DOTALL)
     return _line(text.partition("\n\n")[0]), _line(unknown[1]) if unknown else ""
 
 

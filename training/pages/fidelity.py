@@ -1,4 +1,7 @@
-"""The text of ``docs/fidelity.md`` from its figures. This module must not know how they were found."""
+"""The text of ``docs/fidelity.md`` from its figures.
+
+This module must not know how they were found.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from policies.files import write_whole
+from policies.atomic_files import write_whole
 from training.pages.report import rolling_mean
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a fit or a validation shows: tables for the terminal, an HTML page of plots, the profile as YAML.
+"""What a fit or a validation shows: tables for the terminal, an HTML page of plots.
 
 This module must not know how the figures came about.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from policies.atomic_files import write_text
 from policies.contract import Floats
-from policies.files import write_text
 from training.profiling.errors import ErrorRow
 from training.profiling.fit import Fit, coefficients_of
 from training.profiling.measurements import COEFFICIENTS, QUANTITIES

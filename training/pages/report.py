@@ -16,8 +16,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from policies.atomic_files import write_text
 from policies.contract import Floats
-from policies.files import write_text
 from training.judging.evaluate import Evaluation
 from training.judging.scenario_runs import label
 from training.judging.standings import scenario_rows

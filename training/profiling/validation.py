@@ -15,7 +15,7 @@ from envs.traffic.trace import Trace
 from policies.contract import Floats
 from policies.engine import ConfigError, EngineProfile
 from training.profiling.load_client import Engine, open_loop
-from training.replaying.simulate import simulate
+from training.replaying.fixed_fleet import simulate
 
 LEVELS = (50, 90, 99)
 PROMPT_SEED = 7_000_000

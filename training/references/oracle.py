@@ -1,4 +1,4 @@
-"""The references of the table: what any policy is measured against, and nobody can run.
+"""The references as rows of the table: the bound computed, plan and best static fleet searched once and kept.
 
 ``bound``: no policy that holds the SLO can be cheaper (`fluid_bound`). ``plan``: what a controller that knew the
 traffic would have done, proved in the simulator (`clairvoyant`). ``best-static``: the smallest constant fleet that

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from policies.files import write_text
+from policies.atomic_files import write_text
 from training.replaying.scenarios import Scenario
 
 _SOURCES = (

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from envs.cluster.closed_loop import ClosedLoops, LoadProtocol, _blank_engine, loop_lengths
 from envs.traffic.trace import Trace
 from policies.engine import StepModel
-from training.replaying.simulate import simulate
+from training.replaying.fixed_fleet import simulate
 
 STEP = StepModel(
     a_ms=6.0, b_us_per_prefill_token=20.0, c_us_per_seq=15.0, d_us_per_1k_kv_tokens=40.0, e_ns_per_prefill_token2=1.0

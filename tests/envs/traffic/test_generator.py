@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from envs.traffic.agent_sessions import Quantiles, sample_sessions
 from envs.traffic.generator import GeneratorSpec, Profile, generate
-from envs.traffic.profiles import SHAPES
+from envs.traffic.shapes import SHAPES
 from envs.traffic.summary import counts, dispersion, empty_share, iat_cv, peak_to_mean
 from envs.traffic.trace import TraceError, load_trace
 from policies.engine import load_model

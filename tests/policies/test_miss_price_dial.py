@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from policies.contract import take_rows
 from policies.fleet import Fleet
-from policies.miss_price import AIM, EDGE, KNOWN_RISE, MAX_RISE_PER_BURST, MISS_PRICES, RISE, SLOW_FALL, MissPriceDial
+from policies.miss_price_dial import (
+    AIM,
+    EDGE,
+    KNOWN_RISE,
+    MAX_RISE_PER_BURST,
+    MISS_PRICES,
+    RISE,
+    SLOW_FALL,
+    MissPriceDial,
+)
 from policies.spec import Slo
 
 WINDOWS_PER_HOUR = 240

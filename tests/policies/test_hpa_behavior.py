@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.baselines.horizontal_pod import Behavior, ScalingRules, tolerated
+from policies.baselines.hpa_behavior import Behavior, ScalingRules, tolerated
 
 DUE = np.array([True])
 NO_DOWN_WINDOW = ScalingRules(stabilization_s=0.0, replicas=0, share=1.0, period_s=15.0)

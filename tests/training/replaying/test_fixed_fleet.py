@@ -5,7 +5,7 @@ import pytest
 from envs.traffic.trace import Trace, TraceError
 from policies.engine import ConfigError
 from policies.spec import find_engine, shipped_configs
-from training.replaying.simulate import simulate
+from training.replaying.fixed_fleet import simulate
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.files import PARTIAL, write_text, write_whole
+from policies.atomic_files import PARTIAL, write_text, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
