@@ -1,4 +1,4 @@
-"""The acting policy through its life: loaded, followed in the registry, exchanged between ticks, rolled back.
+"""Versions of a learned policy: found under an alias or in a file, loaded and warmed, and watched on probation.
 
 The registry is asked in a thread of its own, and what it gave last is kept on the disk: while MLflow is down, even over
 a restart, the controller goes on with what it has. This is the only live module that imports MLflow.

@@ -47,7 +47,7 @@ def test_window_reduces_what_is_younger_than_its_span() -> None:
     for time_s, value in ((0.0, 100.0), (15.0, 4.0), (30.0, np.nan), (45.0, 2.0), (60.0, 9.0)):
         window.add(np.array([time_s]), np.array([value]))
     now = np.array([60.0])  # the sample at 0 is exactly a minute old, and out
-    assert (window.mean(now)[0], window.sum(now)[0], window.most(now)[0], window.least(now)[0]) == (5.0, 15.0, 9.0, 2.0)
+    assert (window.mean(now)[0], window.sum(now)[0], window.max(now)[0], window.min(now)[0]) == (5.0, 15.0, 9.0, 2.0)
     assert window.deviation(now)[0] == pytest.approx(np.std([4.0, 2.0, 9.0]))
     assert (window.mean(now, 20.0)[0], window.count(now)[0]) == (5.5, 3.0)
     assert np.isnan(window.mean(np.array([500.0]))[0])
@@ -55,10 +55,10 @@ def test_window_reduces_what_is_younger_than_its_span() -> None:
 
 def test_window_is_unknown_before_its_first_sample_and_keeps_the_shape() -> None:
     window = SlidingWindow(2, 60.0, 3)
-    assert np.isnan(window.most(np.zeros(2))).tolist() == [[True] * 3] * 2
+    assert np.isnan(window.max(np.zeros(2))).tolist() == [[True] * 3] * 2
     window.add(np.zeros(2), np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0]]))
-    assert window.most(np.zeros(2)).tolist()[0] == [1.0, 2.0, 3.0]
-    assert np.isnan(window.most(np.zeros(2))[1]).all()
+    assert window.max(np.zeros(2)).tolist()[0] == [1.0, 2.0, 3.0]
+    assert np.isnan(window.max(np.zeros(2))[1]).all()
 
 
 def test_streak_counts_samples_and_seconds_of_one_direction() -> None:

@@ -163,12 +163,14 @@ def fidelity(
 @app.command()
 @one_sentence_errors
 def architecture(
-    page: Annotated[Path, typer.Argument(help="Page whose block is replaced.")] = DOCS / "architecture.md",
+    page: Annotated[Path, typer.Argument(help="Page whose blocks are replaced.")] = DOCS / "architecture.md",
 ) -> None:
-    """Write the table of rooms, from the docstrings of the packages."""
-    from training.pages.architecture import rooms
+    """Write floors and rooms, from the import contracts and the docstrings of the packages."""
+    from training.pages.architecture import floors, rooms
+    from training.pages.readme import replace_block
 
-    _replace(page, "rooms", rooms(ROOT))
+    text = replace_block(page.read_text(encoding="utf-8"), "floors", floors(ROOT))
+    _write(page, replace_block(text, "rooms", rooms(ROOT)))
 
 
 def _json(path: Path) -> Any:

@@ -1,14 +1,16 @@
-"""The rooms in ``docs/architecture.md``: every folder and file of the packages, in the words of their docstrings."""
+"""Floors and rooms in ``docs/architecture.md``, from the import contracts and the docstrings of the packages."""
 
 from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 from training.pages.tables import table
 
 PACKAGES = ("policies", "envs", "autoscaler", "training")
+WITH_FLOORS = ("training", "autoscaler", "envs")
 
 
 def rooms(root: Path) -> str:
@@ -34,6 +36,33 @@ def rooms(root: Path) -> str:
             files = [(f"`{file.stem}`", _said(file)[0]) for file in _files(folder)]
             parts += [f"#### `{_of(root, folder)}/`", table(("file", "what it holds"), files)]
     return "\n\n".join(parts)
+
+
+def floors(root: Path) -> str:
+    """Markdown: the floors of each package that has them, the top one first, from the import contracts.
+
+    Args:
+        root: folder of `pyproject.toml`.
+
+    Raises:
+        ValueError: when no contract says which floors a package has.
+    """
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    found = {contract["containers"][0]: contract["layers"] for contract in contracts if "containers" in contract}
+    missing = [name for name in WITH_FLOORS if name not in found]
+    if missing:
+        raise ValueError(f"{root / 'pyproject.toml'}: expected an import contract with the floors of {missing[0]}")
+    height = max(len(found[name]) for name in WITH_FLOORS)
+    rows = []
+    for floor in range(height, 0, -1):
+        cells = []
+        for name in WITH_FLOORS:
+            layers = list(reversed(found[name]))
+            rooms_there = layers[floor - 1].split(" | ") if floor <= len(layers) else []
+            cells.append(", ".join(f"`{room}`" for room in rooms_there))
+        rows.append((str(floor), *cells))
+    return table(("floor", *(f"`{name}/`" for name in WITH_FLOORS)), rows)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,16 +2,17 @@ from pathlib import Path
 
 import pytest
 
-from training.pages.architecture import PACKAGES, rooms
+from training.pages.architecture import PACKAGES, floors, rooms
 from training.pages.readme import replace_block
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "architecture.md"
 
 
-def test_the_page_holds_the_rooms_as_they_are_now():
+def test_the_page_holds_floors_and_rooms_as_they_are_now():
     text = PAGE.read_text(encoding="utf-8")
     assert replace_block(text, "rooms", rooms(ROOT)) == text, "run `make architecture`"
+    assert replace_block(text, "floors", floors(ROOT)) == text, "run `make architecture`"
 
 
 def test_a_folder_is_a_row_with_what_it_must_not_know_and_a_table_of_its_files(tmp_path):
