@@ -15,12 +15,12 @@ PACKAGES = ("policies", "envs", "autoscaler", "training")
 
 def foreign_packages() -> dict[str, str]:
     """The packages that are not the ones beside this file, and where they are found instead."""
-    own = Path(__file__).resolve().parent
+    own = Path(__file__).parent  # not resolved: an installer may link files and make folders of its own
     found = {}
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else [Path(place).resolve() for place in spec.submodule_search_locations or ()]
-        if own / name not in places:
+        if (own / name).resolve() not in places:
             found[name] = str(places[0]) if places else "nowhere"
     return found
 

@@ -121,7 +121,7 @@ def _fill(whole: Floats, room: Floats, share: Floats) -> tuple[Floats, Floats]:
     Returns:
         Replicas (P, k, n), and the share (k, n) that did not fit, at least 0.
     """
-    # A sliver of a replica is not worth a whole one, here or elsewhere.
+    # A small part of a replica is not worth a whole one, here or elsewhere.
     tolerances = ROUNDING_TOLERANCE * (room > 0)
     replicas = []
     left = share

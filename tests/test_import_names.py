@@ -43,3 +43,13 @@ def test_a_folder_that_is_no_package_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     done = version(tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_installation_of_links_is_its_own(tmp_path: Path) -> None:
+    for name in jevons.PACKAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").symlink_to(ROOT / name / "__init__.py")
+    (tmp_path / "jevons.py").symlink_to(ROOT / "jevons.py")
+    code = "import jevons; print(jevons.__file__, jevons.foreign_packages())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'jevons.py'} {{}}\n"

@@ -96,8 +96,9 @@ class KubernetesActuator:
         problems: list[str] = []
         state = FleetState.unknown(self._pools)
         owners = [""] * len(state.owners)
-        self._seen, self._replicas = {}, {}
-        for pool, found in self._reader.read(problems).items():
+        there = self._reader.read(problems)
+        self._seen, self._replicas = {}, {}  # only now: an `apply` may be under way in another thread
+        for pool, found in there.items():
             if found.owner:
                 owners[pool.row] = found.owner
             scale = found.scale

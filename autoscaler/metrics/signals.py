@@ -37,8 +37,8 @@ class SignalReader:
     def __init__(self, config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> None:
         self.config = config
         self.specs = tuple(specs)
-        self.queries = build_queries(config, specs)
         self._client = PrometheusClient(config)
+        self.queries = build_queries(config, specs)
         self._executor = ThreadPoolExecutor(WORKERS, "prometheus")
         self._rows = {
             kind: {names.get(spec.service, spec.service): row for row, spec in enumerate(specs)}

@@ -36,7 +36,7 @@ def take_arrivals(st, v, now_s):
 
 @njit(**KERNEL)
 def _pick(st, v, needed_kv):
-    """Replica of service `v` with the lowest_load load among those whose KV cache can ever hold the request, or -1."""
+    """Replica of service `v` with the lowest load among those whose KV cache can ever hold the request, or -1."""
     best = -1
     lowest_load = INF
     for g in range(v * st.rows, st.service[v].live_end):

@@ -148,9 +148,8 @@ def _import_text(
         except (ValueError, RecursionError):
             raise TraceError(f"{path}: line 1: expected a JSON object per line") from None
         kind, columns = _recognise(path, names, column_map, "jsonl")
-        reader = RowReader(path, columns, columns, skip_bad)
-        log = FORMATS.get(kind, PLAIN)
-        reader.reads_blocks, reader.tick_s = log.reads_blocks, log.tick_s
+        reader = _reader(path, kind, columns, columns, skip_bad)
+        reader.reads_blocks = FORMATS.get(kind, PLAIN).reads_blocks
         reader.read(_json_records(text))
     else:
         # Semicolons and tabs separate what spreadsheets export in half of the world.
@@ -158,11 +157,19 @@ def _import_text(
         rows = csv.reader(text, delimiter=delimiter)
         header = [name.strip() for name in next(row for row in rows if row)]
         kind, columns = _recognise(path, set(header), column_map, "csv")
-        reader = RowReader(path, columns, {name: header.index(column) for name, column in columns.items()}, skip_bad)
-        log = FORMATS.get(kind, PLAIN)
-        reader.failed_output_tokens, reader.tick_s = log.failed_output_tokens, log.tick_s
+        places = {name: header.index(column) for name, column in columns.items()}
+        reader = _reader(path, kind, columns, places, skip_bad)
         reader.read(_csv_records(rows, len(header)))
     return reader.result(kind, seed)
+
+
+def _reader(
+    path: Path, kind: str, columns: Mapping[str, str], places: Mapping[str, int | str], skip_bad: bool
+) -> RowReader:
+    log = FORMATS.get(kind, PLAIN)
+    reader = RowReader(path, columns, places, skip_bad)
+    reader.failed_output_tokens, reader.tick_s = log.failed_output_tokens, log.tick_s
+    return reader
 
 
 def _recognise(

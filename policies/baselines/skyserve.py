@@ -32,8 +32,8 @@ class SkyServePolicy(SinglePoolPolicy):
     Args:
         fleet: the services.
         target_qps: requests per second and replica.
-        upscale_delay_s: consecutive decisions up, in seconds of decisions.
-        downscale_delay_s: consecutive decisions down, in seconds of decisions.
+        upscale_delay_s: how long votes must point up, seconds.
+        downscale_delay_s: how long votes must point down, seconds.
         base_ondemand: on-demand replicas that are always there beside spot ones.
     """
 

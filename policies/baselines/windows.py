@@ -146,7 +146,7 @@ class SlidingWindow:
 
 
 class Streak:
-    """How long a desired has pointed the same way, in samples and in seconds; any other sample begins anew."""
+    """How long a desired count has pointed the same way, in samples and in seconds; any other sample begins anew."""
 
     def __init__(self, n: int) -> None:
         self._sign = np.zeros(n)
@@ -159,7 +159,7 @@ class Streak:
         self._samples[rows] = 0.0
 
     def update(self, time_s: Floats, sign: Floats, sampled: Bools) -> tuple[Floats, Floats]:
-        """Fold in a desired's direction (n,) of -1, 0 or 1 where `sampled`; samples (n,) and seconds (n,) so far."""
+        """Fold in the sign (n,) of a desired change where `sampled`; samples (n,) and seconds (n,) so far."""
         new = sampled & (sign != self._sign)
         self._since_s = np.where(new, time_s, self._since_s)
         self._samples = np.where(sampled, np.where(new, 0.0, self._samples) + (sign != 0), self._samples)

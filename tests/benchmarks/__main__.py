@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from envs.autoscaling_env import AutoscalingEnv
-from envs.cluster import simulation as cluster_module
+from envs.cluster import window_step
 from envs.cluster.simulation import SimulatedCluster
 from envs.cluster.warm_up import warm_up
 from envs.episodes import EpisodeSpec
@@ -51,8 +51,8 @@ def figures() -> Iterator[tuple[str, float, str]]:
         yield f"simulator_requests_per_s_{requests}", simulator(requests, 8, 40.0), "requests/CPU-s"
     yield "simulator_requests_per_s_64_replicas", simulator(REQUESTS, 64, 320.0), "requests/CPU-s"
     bank = twenty_requests_a_step()
-    kernel_us, overhead_us, requests = vector_env(bank)
-    yield "env_requests_per_step", requests, "requests"
+    kernel_us, overhead_us, per_step = vector_env(bank)
+    yield "env_requests_per_step", per_step, "requests"
     yield "env_kernel_us_per_step_512", kernel_us, "us"
     yield "env_overhead_us_per_step_512", overhead_us, "us"
     yield "env_steps_per_s_512", 1e6 / (kernel_us + overhead_us), "steps/CPU-s"
@@ -144,7 +144,7 @@ def vector_env(bank: ScenarioBank) -> tuple[float, float, float]:
     env = AutoscalingVecEnv(bank, ENVS)
     env.reset()
     actions = np.zeros((ENVS, len(ACTIONS)), np.float32)
-    kernel = cluster_module.window_step
+    kernel = window_step
     names = ("run_windows", "apply_all", "reset_rows")
     originals = {name: getattr(kernel, name) for name in names}
     spent = [0.0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,11 @@ def figures() -> Iterator[tuple[str, float, str]]:
         specs = [ScalingSpec(service=f"s{number}", slo=slo, pools=pools) for number in range(services)]
         for histograms in (True, False):
             config = PrometheusConfig(url="http://localhost:9090", gateway="haproxy", histograms=histograms)
-            source = PrometheusSource(config, specs, lambda specs=specs: FleetState.unknown(pools_of(specs)))
-            source._client = Answers(source.queries, services)  # type: ignore[assignment]
+            source = PrometheusSource(config, specs, partial(FleetState.unknown, pools_of(specs)))
+            source._signals._client = Answers(source._signals.queries, services)  # type: ignore[assignment]
             kind = "" if histograms else "_slo_edges_only"
             if services == 1 and histograms:
-                yield "prometheus_queries_per_tick_haproxy", float(len(source.queries)), "queries"
+                yield "prometheus_queries_per_tick_haproxy", float(len(source._signals.queries)), "queries"
             best = min(_cpu_s(source) for _ in range(REPEATS))
             yield f"snapshot_ms_n{services}{kind}", best * 1e3, "CPU ms"
 

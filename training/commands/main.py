@@ -104,7 +104,6 @@ def evaluate(
     policy there is and for the references: the fluid bound, the clairvoyant plan and the best static fleet.
     """
     from policies.lineup import split_references
-    from training.pages.results import show_evaluation
     from training.replaying.scenarios import load_suite
 
     chosen = load_suite(suite)
@@ -115,6 +114,8 @@ def evaluate(
     for skipped in chosen.skipped:
         say(f"note: scenario {skipped.name!r} is skipped: {skipped.reason}")
     evaluation = _evaluate(chosen, references, jobs, _words(tuned), cache, ray_address)
+    from training.pages.results import show_evaluation
+
     show_evaluation(evaluation)
     if json_file is not None:
         from training.judging.standings import flat_rows
@@ -149,7 +150,6 @@ def tune(
 
     from envs.cluster.warm_up import warm_up
     from policies.lineup import REFERENCES, resolve, split_references
-    from training.pages.results import show_tunings
     from training.replaying.result_cache import ResultCache
     from training.replaying.scenarios import load_suite
     from training.replaying.workers import open_workers
@@ -171,6 +171,8 @@ def tune(
         open_workers(jobs or len(os.sched_getaffinity(0)), ray_address) as workers,
     ):
         found = search(tasks, workers, ResultCache(cache), on_progress)
+    from training.pages.results import show_tunings
+
     show_tunings(found)
     if json_file is not None:
         write_json(json_file, [asdict(item) for item in found])
@@ -188,7 +190,6 @@ def demo(
     The baselines run beside it; the results go to report.html and summary.json.
     """
     from policies.lineup import SHIPPED_BUNDLE, split_references
-    from training.pages.results import show_evaluation
     from training.replaying.scenarios import load_suite
 
     suite = load_suite("demo")
@@ -201,6 +202,8 @@ def demo(
         references.remove("learned")
         say("note: no pretrained policy ships with this checkout; the demo shows the baselines only")
     evaluation = _evaluate(suite, references, jobs)
+    from training.pages.results import show_evaluation
+
     show_evaluation(evaluation)
     _write_results(evaluation, out / "summary.json", out / "report.html")
 

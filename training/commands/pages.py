@@ -15,9 +15,8 @@ from policies.atomic_files import write_text
 from training.commands.console import one_sentence_errors, progress_bar, say
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHIPPED_BUNDLE = ROOT / "configs" / "policies" / "default.zip"
 DOCS = Path("docs")
-Bundle = Annotated[Path, typer.Option(help="Policy bundle.")]
+Bundle = Annotated[Path | None, typer.Option(help="Policy bundle; the one that ships when left out.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 
@@ -69,13 +68,15 @@ def model_card(
     details: Annotated[
         list[Path] | None, typer.Argument(help="JSON of `jevons evaluate --details`, one file per suite.")
     ] = None,
-    bundle: Bundle = SHIPPED_BUNDLE,
+    bundle: Bundle = None,
     page: Annotated[Path, typer.Option(help="Page to write.")] = DOCS / "model_card.md",
 ) -> None:
     """Write the model card of a bundle."""
     from policies.learned import load_bundle
+    from policies.lineup import SHIPPED_BUNDLE
     from training.pages.model_card import PICTURES, card
 
+    bundle = bundle or SHIPPED_BUNDLE
     path = bundle.resolve()
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else bundle.name
     pictures = [file for file in PICTURES if (page.parent / file).is_file()]
@@ -84,13 +85,14 @@ def model_card(
 
 @app.command()
 @one_sentence_errors
-def recipe(bundle: Bundle = SHIPPED_BUNDLE) -> None:
+def recipe(bundle: Bundle = None) -> None:
     """Print the configuration of the training run that a bundle came from, for `jevons train --config`."""
     import yaml
 
     from policies.learned import load_bundle
+    from policies.lineup import SHIPPED_BUNDLE
 
-    config = load_bundle(bundle).manifest.provenance.get("config", {})
+    config = load_bundle(bundle or SHIPPED_BUNDLE).manifest.provenance.get("config", {})
     typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
 
 
@@ -112,21 +114,19 @@ def pictures(
 
     curves = read_curves(run) if run is not None else []
     warm_up(say)
-    drawn = {}
     for name, (suite, scenario, policies) in PICTURES.items():
         chosen = load_suite(suite).only([scenario])
         shown = chosen.scenarios[0]
         with progress_bar(f"replaying {scenario}") as on_progress:
             found = evaluate(chosen, policies, on_progress=on_progress, cache=ResultCache(cache))
         lines = {policy: line for (_, policy), line in found.timelines.items()}
-        drawn[out / f"{name}.svg"] = burst(lines, f"{scenario}: {shown.description}", shown.slo.attainment)
+        save(burst(lines, f"{scenario}: {shown.description}", shown.slo.attainment), out / f"{name}.svg")
+        say(f"wrote {out / name}.svg")
     if curves:
         seeds = "one seed" if len(curves) == 1 else f"{len(curves)} seeds: mean, lowest and highest"
         title = f"Validation of {seeds}: cost with misses; shares of requests in time, of services that hold the SLO"
-        drawn[out / "learning.svg"] = learning(curves, title)
-    for path, figure in drawn.items():
-        save(figure, path)
-        say(f"wrote {path}")
+        save(learning(curves, title), out / "learning.svg")
+        say(f"wrote {out / 'learning.svg'}")
 
 
 @app.command()

@@ -115,14 +115,13 @@ def export(checkpoint: Path, out: Path) -> tuple[str, float]:
         BundleMismatch: when the folder's bundle cannot be trusted.
         ExportMismatch: when the answers differ.
     """
-    from stable_baselines3 import PPO
-
     from policies.learned import load_bundle, write_bundle
+    from training.learning.checkpoint import load_checkpoint
     from training.versions.registry import BUNDLE_FILE
 
     network, bundle = finished(checkpoint, "best.zip", BUNDLE_FILE)
     manifest = load_bundle(bundle).manifest
-    model = PPO.load(network, device="cpu")
+    model = load_checkpoint(network)
     weights = to_onnx(model)
     difference = check_equal(model, weights, probe_observations(10_000))
     return write_bundle(out, manifest, weights), difference

@@ -28,6 +28,7 @@ from policies.engine import ConfigError, read_yaml
 from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import ScalingSpec
+from training.learning.checkpoint import load_checkpoint
 from training.learning.export import check_equal, probe_observations, to_onnx
 from training.learning.group_baseline import GroupRolloutBuffer
 from training.learning.monitor import Log, RunState, TrainingMonitor, Validator
@@ -228,7 +229,7 @@ def _learn(
     ppo = config.ppo
     env = AutoscalingVecEnv(course.bank, ppo.num_envs, config.episodes, seed, course.part, ppo.group)
     if state.checkpoint:
-        model = PPO.load(folder / state.checkpoint, env, device="cpu")
+        model = load_checkpoint(folder / state.checkpoint, env)
     else:
         model = course.first_model(new_model(config, env, seed))
     # A resumed run draws new episodes: those before the interruption are learned from already. Making or loading a
@@ -299,7 +300,7 @@ def new_model(config: TrainConfig, env: AutoscalingVecEnv, seed: int) -> PPO:
 
 def write_policy(config: TrainConfig, bank: ScenarioBank, folder: Path, state: RunState, seed: int) -> tuple[Path, str]:
     """Export the best network of a finished run to its bundle, checked against `predict`; path and digest."""
-    model = PPO.load(folder / "best.zip", device="cpu")
+    model = load_checkpoint(folder / "best.zip")
     weights = to_onnx(model)
     difference = check_equal(model, weights, probe_observations(EQUALITY_PROBES))
     manifest = Manifest(

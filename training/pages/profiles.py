@@ -18,7 +18,7 @@ from policies.contract import Floats
 from training.profiling.errors import ErrorRow
 from training.profiling.fit import Fit, coefficients_of
 from training.profiling.measurements import COEFFICIENTS, QUANTITIES
-from training.profiling.validation import Comparison
+from training.profiling.validation import LatencyComparison
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2230; margin: 0; background: #f6f7f9; }
@@ -67,7 +67,7 @@ def coefficient_cells(fit: Fit) -> list[list[str]]:
     ]
 
 
-def replay_cells(comparisons: Sequence[Comparison]) -> list[list[str]]:
+def replay_cells(comparisons: Sequence[LatencyComparison]) -> list[list[str]]:
     """One line per quantity and batch cap, under `REPLAY_HEADINGS`."""
     cells = []
     for comparison in comparisons:
@@ -139,7 +139,7 @@ def scatter(predictions: Mapping[str, Mapping[str, Floats]], measured: Mapping[s
     return figures
 
 
-def distributions(comparisons: Sequence[Comparison]) -> list[go.Figure]:
+def distributions(comparisons: Sequence[LatencyComparison]) -> list[go.Figure]:
     """Share of requests below each latency, live and simulated, one figure per quantity."""
     figures = []
     for attribute, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("e2e_s", "end to end")):

@@ -43,7 +43,7 @@ class Latencies:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class LatencyComparison:
     """One batch cap.
 
     Attributes:
@@ -84,7 +84,7 @@ def replay(
     batch_caps: Sequence[int],
     repeats: int = 1,
     on_progress: Progress | None = None,
-) -> list[Comparison]:
+) -> list[LatencyComparison]:
     """Serve `trace` live and simulated, once per batch cap and repeat; the repeats go round the caps in turn.
 
     Args:
@@ -115,7 +115,7 @@ def replay(
     )
     simulated = {cap: _simulated(fresh, profile, cap) for cap in batch_caps}
     live = asyncio.run(_live(engine, fresh, batch_caps, repeats, on_progress or (lambda done, total, label: None)))
-    return [Comparison(cap, tuple(live[cap]), simulated[cap]) for cap in batch_caps]
+    return [LatencyComparison(cap, tuple(live[cap]), simulated[cap]) for cap in batch_caps]
 
 
 def _simulated(trace: Trace, profile: EngineProfile, cap: int) -> Latencies:
