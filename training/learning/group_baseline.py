@@ -1,7 +1,7 @@
 """A rollout buffer whose advantages are measured against those who lived the same episode.
 
-Most of what a window costs is the traffic's doing: a burst is expensive under any policy. Where several environments live
-the same episode, what they have in common says nothing about an action of one of them. So the mean of the others is a
+Most of what a window costs is the traffic's doing: a burst costs a lot under any policy. Where several environments
+live the same episode, what they share says nothing about an action of one of them. So the mean of the others is a
 baseline, and an unbiased one, as the traffic does not depend on actions (Mao et al. 2019, "Variance Reduction for
 Reinforcement Learning in Input-Driven Environments"; the leave-one-out mean is that of Kool et al. 2019).
 This module must not know what an episode is.
