@@ -29,7 +29,7 @@ MIN_SAMPLES = 2
 def check_metrics(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Access]:
     """Prove every query against the live server.
 
-    A signal that is not needed and has no metric is fine and says so; a query that the server refuses is not.
+    A signal that is not needed passes without a metric, with a remark; a query that the server refuses does not pass.
     """
     client = PrometheusClient(config)
     try:

@@ -1,8 +1,8 @@
 """The loop: read, decide, record, act, once per control interval.
 
 The same class runs on a simulated cluster (evaluation) and on a real one; its ports differ, and in production a
-supervisor says which settled targets may be carried out. Errors of the world are caught here and nowhere else: they
-become held decisions with a reason.
+supervisor says which settled targets may be carried out. Errors from outside the process are caught here and nowhere
+else: they become held decisions with a reason.
 This module must not know what is behind its ports.
 """
 
@@ -101,15 +101,15 @@ class Supervisor(Protocol):
     """Says which settled targets may be carried out."""
 
     def begin(self, snapshot: Snapshot) -> Bools | None:
-        """(n,) services whose target in force is the world's business, not ours: it is taken from the snapshot."""
+        """(n,) services whose target in force is not ours to set: it is taken from the snapshot."""
         ...
 
     def judge(self, decision: Decision, observation: Observation) -> Decision:
-        """The decision with its rows that must not be carried out marked as advised or held, with the reasons."""
+        """The decision, with the rows that must not be carried out marked as advised or held, and why."""
         ...
 
     def permitted(self, decision: Decision) -> Decision:
-        """The same once more immediately before it is carried out: who may act can have changed meanwhile."""
+        """The same check again immediately before it is carried out: who may act can have changed meanwhile."""
         ...
 
     def finish(self, decision: Decision, seconds: dict[str, float]) -> None:

@@ -62,9 +62,10 @@ class AutoscalingEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     ``info["snapshot"]`` holds the measurements themselves.
 
     ## Rewards
-    Minus the cost of the window, in units of what a fleet costs that follows the episode's demand in five-minute steps,
-    times `reward_scale` and a factor that falls with the price of a miss: provisioned dollars, misses at the price of a
-    miss (a feature, so that one policy learns the whole frontier), churn. The terms are in ``info["terms"]``.
+    Minus the cost of the window, in units of the cost of a fleet that follows the episode's demand in five-minute
+    steps, times `reward_scale` and a factor that falls with the price of a miss. The cost is made of provisioned
+    dollars, misses at the price of a miss (a feature, so that one policy learns the whole frontier) and churn. The
+    terms are in ``info["terms"]``.
 
     ## Starting State
     A random scenario and time slice of its trace; the fleet starts at a random multiple of the slice's mean demand,

@@ -65,8 +65,8 @@ class Episodes:
         seed: of all draws.
         part: share of every trace's time that slices come from, as (from, to): never the same for training and
             validation.
-        group: neighbours that live the same episode (world, slice of traffic, price of a miss and start), so that a
-            learner can tell what the traffic does to all of them from what each has done.
+        group: neighbours that run the same episode (world, slice of traffic, price of a miss and start), so that a
+            learner can separate what the traffic does to all of them from what each one's actions do.
 
     Raises:
         ValueError: when that part of a trace is shorter than one episode, or `n` episodes are no whole groups.

@@ -1,4 +1,4 @@
-"""The reward of training episodes: what a window cost, over what following the demand costs, every term kept apart.
+"""The reward of training episodes: the cost of a window over the cost of following the demand, every term kept apart.
 
 This module must not know how episodes are drawn or actions decoded.
 """
@@ -92,6 +92,6 @@ class Reward:
 
     @property
     def weight(self) -> Floats:
-        """(n,) factor on the costs of each episode, by its price of a miss; leaves its best policy as it is."""
+        """(n,) factor on the costs of each episode, by its price of a miss; does not change which policy is best."""
         weight: Floats = 1.0 / (1.0 + self._usual_miss_rate * np.exp(self._fleet.log_miss_price))
         return weight

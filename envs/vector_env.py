@@ -1,4 +1,4 @@
-"""The environment as a native Stable-Baselines3 `VecEnv`: one kernel call steps all of it.
+"""The environment as a native Stable-Baselines3 `VecEnv`: one kernel call steps all episodes.
 
 This module must not know how episodes work, see `envs.episodes`.
 """

@@ -2,11 +2,12 @@
 
 The outputs are residuals on a reference rule, so an untrained policy (all zeros) is already a sane autoscaler. They do
 not depend on the number of pools: within a price class, capacity is bought where a unit of this traffic is cheapest.
-Headroom and slack are a band, not a count: the fleet in force stays as it is within it. A replica that is given back
-and asked for again is paid for while it starts and missed meanwhile, so a policy must be able to do nothing.
+Headroom and slack define a band, not a count: within it, the fleet in force stays as it is. A replica that is given
+back and requested again is paid for while it starts and is missing in the meantime, so a policy must be able to do
+nothing.
 
-The rule follows the five-minute mean of the demand. In a surge, which outruns that mean whatever the headroom, the
-fleet is at least what the rule asks for the demand of now.
+The rule follows the five-minute mean of the demand. In a surge, when demand outruns that mean whatever the headroom,
+the fleet is at least what the rule asks for at the current demand.
 """
 
 from __future__ import annotations

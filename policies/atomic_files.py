@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever ends the one who writes them."""
+"""Files that appear whole or not at all, however the process that writes them ends."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Decider:
         return self._builder.observe(snapshot)
 
     def observe_rows(self, snapshot: Snapshot, rows: Ints) -> Observation:
-        """Begin anew with the listed services (k,), whose first window `snapshot` is; the others are left alone."""
+        """Start the listed services (k,) anew with `snapshot` as their first window; the others are left alone."""
         self._replicas[rows] = snapshot.replicas_target.astype(np.int64)
         self._batch_cap[rows] = snapshot.batch_cap.astype(np.int64)
         self._changed_s[rows] = -np.inf
@@ -83,7 +83,7 @@ class Decider:
         return Target(replicas=replicas, batch_cap=batch_cap)
 
     def amend(self, settled: Target, time_s: Floats) -> None:
-        """Another target than the last one settled goes into force in its place, at the same time (n,)."""
+        """Put another target into force in place of the last one settled, as of the same time (n,)."""
         self._put_in_force(settled, time_s)
 
     def retract(self, services: Bools) -> None:
@@ -96,7 +96,7 @@ class Decider:
         self._changed_s = np.where(services, changed_s, self._changed_s)
 
     def release(self, services: Bools) -> None:
-        """The next window says what is in force for the masked services: somebody else has set it."""
+        """Take what is in force for the masked services from the next window: somebody else has set it."""
         self._replicas = np.where(services[:, np.newaxis], -1, self._replicas)
         self._any_unknown = True
 

@@ -1,7 +1,8 @@
 """What a policy remembers, as arrays that outlive a restart.
 
-A part with memory is one that can be reset. Its memory is its arrays, and those of its own parts; settings are no
-arrays, or belong to what cannot be reset (the fleet). So nobody has to list what there is, and nothing is forgotten.
+A part has memory if it can be reset. Its memory consists of its arrays and those of its own parts; settings are not
+arrays, or they belong to something that cannot be reset (the fleet). So nobody has to list what to save, and nothing is
+left out.
 This module must not know any policy.
 """
 

@@ -30,8 +30,8 @@ class Spending(NamedTuple):
 class ErrorBudget(Durable):
     """Counts misses and allowed misses per service.
 
-    What is allowed follows the traffic of the last hour, so a miss at night is one miss, and a burst of traffic is not
-    forgiven its misses because it is one.
+    What is allowed follows the traffic of the last hour, so a miss at night counts as one miss, and a burst of traffic
+    is not excused its misses because it is a burst.
 
     Args:
         fleet: objectives of the services.

@@ -52,10 +52,11 @@ def hold_when_blind(target: Target, situation: Situation) -> Target:
 def cover_backlog(target: Target, situation: Situation) -> Target:
     """The oldest request has waited longer than a start takes: ask at once for what the demand estimate needs.
 
-    The last resort: a policy that had asked for enough when the wait began would have it by now, its TTFT objective
-    included. Acting earlier than that is the policy's business. A service with no replica at all waits only for half
-    the objective. Only raises. The demand includes working off the backlog, see `policies.demand`. The fleet in force
-    grows in its present proportions; what a pool at its maximum cannot take goes to the first pool with room.
+    This is the last resort: it waits for a start and the TTFT objective, so a policy that had asked for enough when the
+    wait began would have it by now. Acting earlier than that is the policy's business. A service with no replica at all
+    waits only for half the objective. This rule only raises the target. The demand includes working off the backlog,
+    see `policies.demand`. The fleet in force grows in its present proportions; what a pool at its maximum cannot take
+    goes to the first pool with room.
     """
     if not situation.spec.backlog_boost:
         return target
@@ -145,7 +146,7 @@ def hold_down_while_burning(target: Target, situation: Situation) -> Target:
 
 
 def hold_down_while_starting(target: Target, situation: Situation) -> Target:
-    """Replicas are on their way: judge them before any are given back."""
+    """Replicas are on their way: see what they achieve before any are given back."""
     if not situation.spec.hold_down_while_starting:
         return target
     return _no_less(target, situation, sum_pools(situation.observation.snapshot.replicas_starting) > 0)

@@ -1,8 +1,8 @@
 """The dial of the learned policy: the price of a miss, moved by the error budget.
 
-The network serves any price; which one a service needs, nobody knows beforehand. So an integrator finds it: where
-misses come in bursts, as they do, the mean burn rate settles at the aim, since a burst raises the price by about as
-much as the quiet after it lowers it.
+The network can act on any price, but nobody knows beforehand which one a service needs. So an integrator finds it:
+misses come in bursts, and a burst raises the price by about as much as the quiet time after it lowers it, so the mean
+burn rate settles at the aim.
 This module must not know the network.
 """
 
@@ -52,14 +52,14 @@ class Course(NamedTuple):
 class MissPriceDial(Durable):
     """An integrator per service on the misses, in units of what an hour allows.
 
-    Two things keep the price from swinging. One burst says only that it was too low, not by how much: most of what is
-    missed comes before replicas can start, whatever the price. So it adds `MAX_RISE_PER_BURST` at most. And a
-    fleet that is a tenth smaller may serve a third of the requests too late, so going there again must not be cheap: up
-    to a little above the price at which the last burst struck, it falls with `SLOW_FALL`.
+    Two things keep the price from swinging. First, a burst shows only that the price was too low, not by how much: most
+    of the misses come before replicas can start, whatever the price. So one burst adds `MAX_RISE_PER_BURST` at most.
+    Second, a fleet that is a tenth smaller may serve a third of the requests too late, so the price must not return
+    there easily: up to a little above the price at which the last burst struck, it falls more slowly, by `SLOW_FALL`.
 
-    It starts where all allowed misses together cost the same, whatever the target: a miss that is allowed once in a
-    hundred requests is dearer than one in ten. Where a price is known that serves a recording of the service's own
-    traffic, it starts there and moves four times more slowly.
+    The price starts where all allowed misses together cost the same, whatever the target: a miss that is allowed once
+    in a hundred requests is dearer than one allowed once in ten. Where a price is known that serves a recording of the
+    service's own traffic, it starts there and moves four times more slowly.
 
     Args:
         fleet: objectives of the services.

@@ -1,11 +1,11 @@
 """Any policy with a headroom that follows the measured attainment: what stands behind ``POLICY+self``.
 
 A headroom of 1.2 lets the policy see the fleet as if the load were 1.2 times what it is: requests that run and wait,
-token rates, cache usage, latencies, demand estimates. Scaling what goes in rather than the count that comes out is
-one definition for all: a target of 10 requests a replica becomes one of 8.3, an objective is met with a margin, a
+token rates, cache usage, latencies, demand estimates. Scaling the input rather than the count that comes out gives one
+definition for all policies: a target of 10 requests a replica becomes one of 8.3, an objective is met with a margin, a
 demand is multiplied, and nothing compounds where a rule answers relative to the count that it finds. Tolerances,
-windows and rate limits are untouched. The network of a learned policy sees its features as they are, and its answer
-is multiplied. A constant fleet looks at nothing, so it has nothing to tune.
+windows and rate limits are untouched. The network of a learned policy sees its features as they are, and its answer is
+multiplied. A constant fleet looks at nothing, so it has nothing to tune.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class LiveActuator(Protocol):
         ...
 
     def state(self) -> FleetState:
-        """What is in force now. What cannot be read is NaN; never raises for the world's faults."""
+        """What is in force now. What cannot be read is NaN; faults of the cluster are not raised."""
         ...
 
     def check(self) -> list[Access]:

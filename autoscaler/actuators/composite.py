@@ -1,4 +1,4 @@
-"""Replicas by one actuator and batch caps by another, in the order in which no request is lost or left waiting.
+"""Replicas by one actuator and batch caps by another, in an order that loses no request and leaves none waiting.
 
 Caps rise at once and fall only when the capacity that makes up for them is ready. Replicas rise at once and fall after
 the caps, and after the replicas to remove have finished what they had. What has to wait is done by a later call: the

@@ -1,7 +1,8 @@
 """Replica counts through the scale subresource of Deployments, StatefulSets, LeaderWorkerSets or any kind that has it.
 
-Optimistic concurrency: a count is only replaced where the object is as it was read, so that somebody else's edit is
-never overwritten unseen. Replicas are listed to count those that drain and to mark the least loaded to go first.
+Optimistic concurrency: a count is only replaced if the object has not changed since it was read, so that somebody
+else's edit is never overwritten unseen. Replicas are listed to count those that drain and to mark the least loaded to
+go first.
 This module must not know about batch caps.
 """
 

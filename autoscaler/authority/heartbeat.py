@@ -82,7 +82,7 @@ class Heartbeat:
         )
 
     def beat(self) -> Pulse:
-        """One beat, in the caller's thread. Faults of the world leave the last tokens to grow old."""
+        """One beat, in the caller's thread. After an outside fault, the last tokens stay and grow old."""
         with self._lock:
             began_s, problem = self._now(), ""
             tokens, beat_s = self.pulse.tokens, self.pulse.beat_s

@@ -1,4 +1,4 @@
-"""Leases as Kubernetes Lease objects: one per service, optimistic concurrency, the transitions as fencing token.
+"""Leases as Kubernetes Lease objects: one per service, optimistic concurrency, the transition count as fencing token.
 
 The annotation `jevons.dev/kill-switch: "true"` on a Lease stops all action on its service; `kubectl annotate` sets it
 while the controller is stuck. This is the only module that reads or writes Lease objects.

@@ -1,9 +1,9 @@
 """Exactly one acting controller per service: leases with fencing tokens.
 
-A lease is renewed by its holder. Another controller takes it over only after it has seen the same renewal stand still
-for the lease's whole duration *on its own steady clock*, so no jump of any wall clock can make two holders; the holder
-itself stops acting well before. A holder whose process is gone from this very host is succeeded at once. The token
-grows with every change of holder: what an older token wrote is refused.
+A lease is renewed by its holder. Another controller takes it over only after it has seen no new renewal for the lease's
+whole duration *on its own steady clock*, so no jump of any wall clock can create two holders; the holder itself stops
+acting well before. A holder on this very host whose process is gone is replaced at once. The token grows with every
+change of holder: a write with an older token is refused.
 This module must not know what holders do.
 """
 

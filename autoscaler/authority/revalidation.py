@@ -46,7 +46,7 @@ class Revalidation:
         self._since_s: Floats = np.full(len(fleet), np.inf)
 
     def judge(self, settled: Target, current: Target, rows: Bools, observation: Observation) -> tuple[Target, Bools]:
-        """The target with scale-downs that must wait undone, and (n,) where that is so.
+        """The target without the scale-downs that must wait, and (n,) True where one must.
 
         A scale-down that passes the second look gives back no more than was announced at the first.
 

@@ -99,7 +99,7 @@ class LiveSupervisor:
         return ~self._acting()
 
     def judge(self, decision: Decision, observation: Observation) -> Decision:
-        """Held: not ours, killed, paused, edited by others, owned by another autoscaler, or looked at once more."""
+        """Hold what is not ours, killed, paused, edited by others, owned by another autoscaler or due a second look."""
         modes = np.array([mode.value for mode in self._heartbeat.pulse.modes])
         peers = self._counterfactuals.of(decision.settled, observation, self._decider)
         reasons = decision.reasons | self._ladder.reasons

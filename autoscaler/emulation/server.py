@@ -1,7 +1,7 @@
 """The emulated engine behind HTTP: OpenAI's API, streamed or whole, vLLM's health check and metrics.
 
-It takes the numbers of a request from itself: `max_tokens` is its output, and a prompt has one token per word, or
-`jevons_prompt_tokens` where that field is given.
+The lengths of a request are read from the request itself: `max_tokens` is its output, and a prompt has one token per
+word, or `jevons_prompt_tokens` where that field is given.
 This module must not know how the engine keeps its pace.
 """
 

@@ -176,7 +176,7 @@ class LiveService:
         return self._state
 
     def start(self) -> None:
-        """Serve /metrics, load the policy, and beat once and from then on."""
+        """Serve /metrics, load the policy, beat once, and keep beating."""
         exposition = self.config.exposition
         if exposition.port is not None:
             port = exposition.port + self.shard if exposition.port else 0

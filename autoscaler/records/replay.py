@@ -1,6 +1,6 @@
 """Recorded snapshots through another policy: what it would have asked for, tick by tick.
 
-The world of the record does not react to what is replayed: at each tick the target in force is the one that was.
+The recorded world does not react to what is replayed: at each tick, the target in force is the recorded one.
 This module must not know where ticks are kept.
 """
 

@@ -1,7 +1,7 @@
 """What other policies would have done at the same tick, and what that would have cost.
 
 Each peer sees the same observation from the same target in force, and its proposal goes through the same guardrails.
-This module must not know who decided in earnest.
+This module must not know which policy really decides.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Counterfactuals:
                 continue
             try:
                 target = decider.what_if(policy.propose(observation), observation)
-            except Exception:  # a peer is a plug-in and must not disturb the decision in earnest
+            except Exception:  # a peer is a plug-in and must not disturb the real decision
                 self.failed.add(name)
                 continue
             found |= self._rows(f"peer {name}", target, observation)

@@ -281,7 +281,7 @@ class Probation:
         self._since, self._on = np.zeros(5), True
 
     def end(self) -> None:
-        """The present policy is the measure from now on."""
+        """From now on the present policy is what a new one is compared with."""
         self._before, self._since, self._on = np.zeros(5), np.zeros(5), False
 
     def add(self, decision: Decision, usd_per_s: Floats, token_tps: Floats) -> str:

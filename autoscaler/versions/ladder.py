@@ -1,7 +1,7 @@
 """The fallback ladder: the learned policy, below it a model-based baseline, below that hold.
 
 Row by row, a service falls to the lowest rung that one of its triggers asks for, and climbs back when it is gone.
-A policy that raises is caught here, for the controller: the others must go on.
+An exception from a policy is caught here rather than in the controller, so that the others go on.
 This module must not know how policies are loaded.
 """
 
@@ -72,7 +72,7 @@ class FallbackLadder:
         return self.learned.bundle.digest if self.learned is not None else self.baseline.name
 
     def exchange(self, learned: LearnedPolicy | None) -> LearnedPolicy | None:
-        """Put another learned policy, or none, on the first rung; the one before. The error budgets are handed on."""
+        """Put another learned policy, or none, on the first rung; returns the one before. Passes error budgets on."""
         before = self.learned
         if learned is not None and before is not None:
             learned.restore(before.state())
@@ -174,7 +174,7 @@ def in_force(snapshot: Snapshot) -> Target:
 
 
 def partly_blind(snapshot: Snapshot) -> Bools:
-    """(n,) where a measurement that a learned policy was never without is missing."""
+    """(n,) True where a measurement is missing that learned policies always had in training."""
     service = snapshot.arrival_rps + snapshot.prefill_tps + snapshot.generation_tps + snapshot.queue_requests
     pool = snapshot.running + snapshot.waiting + snapshot.kv_cache_usage + snapshot.batch_cap
     blind: Bools = np.isnan(service) | np.isnan(sum_pools(pool))

@@ -1,8 +1,8 @@
 """Where compiled kernels are kept; importing it points numba there, before the first kernel is defined.
 
 Numba keys its cache by the file of each function alone, so an edit of a kernel that another one calls would go
-unnoticed, and it compiles anew for a copy of the same sources at another path or of another time. The folder used here
-is named after all of these.
+unnoticed, and it compiles anew for a copy of the same sources at another path or with another modification time. The
+name of the folder used here depends on all of these.
 Set ``JEVONS_CACHE_DIR`` to move it; a folder that cannot be written falls back to a temporary one.
 """
 

@@ -8,9 +8,9 @@ throttling - 3 * target``; otherwise ``max + deviation * margin`` of the last 50
 0.9 of the fleet, becomes the fleet, at least half of it; a throttling spike after such a step takes it back. Tower,
 every minute: nine targets; the cost of a minute is the fleet over its maximum where P99 meets the objectives, else 2
 plus the latency over ten objectives (at most 1); per bucket of request rate the target with the lowest median cost of
-the last samples, a neighbour with probability 0.1. Style, not copy: the original learns two targets of two service
-groups with a neural contextual bandit, from 10,000 resamples, and its captains act every second. The random numbers
-are the policy's own and the same in every run.
+the last samples, a neighbour with probability 0.1. This follows the style of the original and is not a copy: the
+original learns two targets of two service groups with a neural contextual bandit, from 10,000 resamples, and its
+captains act every second. The random numbers are the policy's own and the same in every run.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ interval) one replica more or less, and nothing while the last step is still und
 Easy modes look at the KV load ``u = (scheduled + queued KV + queued prefill tokens) / capacity``: any above 1.0 adds,
 all below 0.6 remove (mode ``latency``: 0.4 and 0.1; mode ``load``: the user's own), unless the load spread over one
 replica less would reach the upper threshold. Mode ``sla`` estimates TTFT (prefill of the queue and a mean prompt in
-chunks) and ITL from the step-time model: too slow adds; one replica less, with the load of each up by a factor of
-``N / (N - 1)``, must leave ``TTFT - own prefill`` below 80 % of what the objective leaves, ITL below 80 %, and the
-cache not full.
+chunks) and ITL from the step-time model: if either is too slow, it adds one; it removes one only if the load that the
+others would then have, higher by a factor of ``N / (N - 1)``, leaves ``TTFT - own prefill`` below 80 % of what the
+objective leaves, ITL below 80 %, and the cache not full.
 One mean replica stands for all, where the planner asks each. Left out: the regression on forward-pass metrics
 (the engine profile is its result), cancelling a start, the budget of eight GPUs, separate prefill and decode fleets.
 """

@@ -1,8 +1,8 @@
 """The second half of a HorizontalPodAutoscaler: tolerance, stabilisation windows and rate policies.
 
-After Kubernetes autoscaling/v2 (`behavior`), as several peers stand behind it. Recommendations of the up window are
-taken at their lowest, those of the down window at their highest, and what was found at the start counts as the first;
-then each direction may change a number of replicas or a share of them per period, whichever is more.
+After Kubernetes autoscaling/v2 (`behavior`), which several peers scale through. The lowest recommendation of the up
+window and the highest of the down window apply, and the count found at the start is the first recommendation; then each
+direction may change a number of replicas or a share of them per period, whichever is more.
 This module must not know where a recommendation comes from.
 """
 

@@ -2,10 +2,10 @@
 
 Source: llm-d autoscaling guides and their ScaledObjects (KEDA with the endpoint picker's metrics). Each signal becomes
 a desired count every 15 s, which passes an HPA's 10 % tolerance and the guide's own behaviour.
-Read with care: the SLO law's falling back to no change below its own count, the second threshold of the in-flight
-trigger and what exactly counts as tokens in flight are not written down in what could be read, so these three are
-*after* llm-d rather than faithful to the letter. Predicted latencies (preferred there) are left out; the actual ones
-are used, as the guides do where no predictor runs.
+Three details are not documented in what could be read, so they follow llm-d in spirit rather than to the letter: that
+the SLO law falls back to no change below its own count, the second threshold of the in-flight trigger, and what exactly
+counts as tokens in flight. Predicted latencies (preferred there) are left out; the actual ones are used, as the guides
+do where no predictor runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be set of a policy by reference (``hpa:target_share=0.6``), and where a tuner may look for better values.
+"""Which parameters of a policy a reference can set (``hpa:target_share=0.6``), and the ranges that a tuner searches.
 
 This module must not know about any one policy, nor how tuning is done.
 """

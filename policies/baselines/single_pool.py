@@ -72,7 +72,7 @@ class Service:
 
 
 class Placement:
-    """Knows the replicas last asked for, through windows in which nobody can say."""
+    """Remembers the replicas last asked for, through windows in which the count is unknown."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet

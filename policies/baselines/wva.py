@@ -3,7 +3,7 @@
 Source: llm-d-workload-variant-autoscaler, `internal/saturation` and its V2. Every 60 s, on the highest KV cache usage
 and queue length of the last minute. A *variant* is a pool: WVA knows prices and several pools by itself, so the usual
 placement is not used. Behind each variant stands an HPA with 240 s of stabilisation both ways and 10 replicas per
-150 s; while what is asked for is not what there is, the last answer stands.
+150 s; as long as the replicas asked for differ from the last answer, that answer stands.
 A pool's mean over its replicas stands for each of them, and requests at the gateway for those in the endpoint picker's
 queue, shared out by ready replicas.
 Left out: polling at zero replicas every 100 ms; conditions on stale metrics (a window without metrics holds).

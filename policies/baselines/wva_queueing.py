@@ -8,7 +8,7 @@ N`` gives wait and mean batch for a rate; bisection finds the highest rate that 
 the measured rate over it. alpha, beta and gamma are the engine profile's a, b and d. The prefix cache is unknown to
 this model.
 Left out: the Kalman filter that tunes the three (not wired in there), throughput objectives, the penalty on changing
-the GPU type. Pools are used cheapest first, as the sum of replica prices tells.
+the GPU type. Pools are used cheapest first, by the summed price of the replicas that the whole rate would need.
 """
 
 from __future__ import annotations

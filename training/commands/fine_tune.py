@@ -1,4 +1,4 @@
-"""`jevons train --from`: tune a policy on a service's own trace, and let it win or not.
+"""`jevons train --from`: tune a policy on a service's own trace, and promote it if it wins.
 
 Importing this module must stay cheap: the work is imported inside the functions.
 """

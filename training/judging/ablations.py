@@ -1,4 +1,4 @@
-"""The learned policy in parts: which of its outputs is worth what.
+"""The learned policy in parts: how much each of its outputs is worth.
 
 Replicas, batch cap and choice of pool are one decision of the network. An ablation takes one or two of them from the
 reference rule that the outputs are residuals on, from a rule of our own, or leaves them as the engine has them.

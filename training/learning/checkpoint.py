@@ -1,7 +1,7 @@
 """Checkpoints of a training run, read back.
 
-Stable-Baselines3 writes the class of the rollout buffer by the path of its module. A checkpoint outlives a move of the
-module, so the class is handed in instead of being looked up.
+Stable-Baselines3 stores the class of the rollout buffer by its module path. A checkpoint has to survive a move of that
+module, so the class is passed in instead of being looked up.
 """
 
 from __future__ import annotations

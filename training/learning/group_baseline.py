@@ -1,8 +1,8 @@
-"""A rollout buffer whose advantages are measured against those who lived the same episode.
+"""A rollout buffer whose advantages are measured against other environments in the same episode.
 
-Most of what a window costs is the traffic's doing: a burst costs a lot under any policy. Where several environments
-live the same episode, what they share says nothing about an action of one of them. So the mean of the others is a
-baseline, and an unbiased one, as the traffic does not depend on actions (Mao et al. 2019, "Variance Reduction for
+Most of the cost of a window is caused by the traffic: a burst costs a lot under any policy. Where several environments
+run the same episode, what they share says nothing about an action of one of them. So the mean of the others can be the
+baseline, and an unbiased one, since the traffic does not depend on actions (Mao et al. 2019, "Variance Reduction for
 Reinforcement Learning in Input-Driven Environments"; the leave-one-out mean is that of Kool et al. 2019).
 This module must not know what an episode is.
 """
@@ -18,11 +18,11 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 
 class GroupRolloutBuffer(RolloutBuffer):
-    """Stable-Baselines3's buffer; each `group` neighbouring environments live the same episode.
+    """Stable-Baselines3's buffer; each `group` neighbouring environments run the same episode.
 
     Args:
         args: as for `RolloutBuffer`.
-        group: environments that live the same episode; 1: no baseline but the critic.
+        group: environments that run the same episode; 1: no baseline but the critic.
         kwargs: as for `RolloutBuffer`.
 
     Raises:

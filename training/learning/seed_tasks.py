@@ -1,7 +1,7 @@
 """Seeds as tasks: in processes of this machine or on a Ray cluster, each going on from its own checkpoints.
 
-A task always resumes what it finds in its folder. So one whose worker dies, which Ray runs again, loses no more than
-the time since its last checkpoint. The folder of the run must be one that every node sees.
+A task always resumes what it finds in its folder. So a task that Ray runs again because its worker died loses no more
+than the time since its last checkpoint. The folder of the run must be one that every node sees.
 This module must not know how learning works.
 """
 
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 
 class ProgressFile:
-    """Writes how far a task is to its folder, at most once per look of the one who waits; stops where that one says so.
+    """Writes a task's progress to its folder, at most as often as the waiting process looks; stops when it says so.
 
     Args:
         folder: of the seed; a file named `STOP_FILE` beside it ends the task.

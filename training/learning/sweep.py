@@ -2,7 +2,7 @@
 
 The few that matter and their ranges are declared in YAML. Each trial is a training run in a folder and an MLflow run of
 its own; trials run beside each other, and one whose validations lag behind the others' is stopped. The study is kept in
-the folder of the sweep, so that one that was cut off goes on, its unfinished trials from their checkpoints.
+the folder of the sweep, so that an interrupted sweep resumes, and its unfinished trials go on from their checkpoints.
 This module must not know how learning works.
 """
 

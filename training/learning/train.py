@@ -1,7 +1,7 @@
 """The learning recipe, readable from top to bottom.
 
-Worlds are drawn, PPO learns in many of them at once from a guarded rule on, each episode at a price of a miss of its
-own, which the network sees; held-out times and worlds decide which network is kept. Every run is in MLflow.
+Worlds are drawn, and PPO learns in many of them at once, starting from a guarded rule. Each episode has a price of a
+miss of its own, which the network sees. Held-out times and worlds decide which network is kept. Every run is in MLflow.
 """
 
 from __future__ import annotations

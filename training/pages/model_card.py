@@ -1,6 +1,6 @@
 """The text of ``docs/model_card.md`` from a bundle's manifest and the evaluations that judged it.
 
-Nothing in it is typed by hand that the bundle or an evaluation knows, so it stays true when the bundle is replaced.
+Nothing that the bundle or an evaluation knows is typed by hand, so the page stays true when the bundle is replaced.
 This module must not know how the policy was trained or judged.
 """
 

@@ -1,4 +1,4 @@
-"""A polite closed-loop and trace load on an OpenAI-compatible engine, with per-request timings.
+"""Closed-loop load and trace replay on an OpenAI-compatible engine, with per-request timings.
 
 Only ``/v1/completions`` with streaming is used. Prompts are random, so that no prefix cache helps.
 A small client of our own rather than a load generator: the simulation must serve exactly the same requests in the same

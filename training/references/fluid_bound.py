@@ -1,12 +1,12 @@
 """The fluid lower bound: what no policy that holds the SLO can undercut.
 
-A linear programme over time. Requests are a fluid of work; replicas come in fractions, share work at will and lose
-nothing to batching; scale-down is free; scale-up pays for its boot. What is left are facts that bind everyone:
+A linear programme over time. Requests are a fluid of work; replicas can be fractional, share work at will and lose
+nothing to batching; scale-down is free; scale-up pays for its boot. What remains are facts that bind every policy:
 
 - a request that counts as met needs its prefill by the TTFT objective and its output by the TPOT objective after that,
   and no work before it has arrived; up to ``1 - attainment`` of the requests may be late, the most expensive first;
-- late is not never: the gateway serves in order and sheds nothing, so a missed request costs its work all the same.
-  Only one of the last to arrive may be unfinished at the horizon (`_may_be_unfinished`);
+- a late request is still served: the gateway serves in order and sheds nothing, so a missed request costs its work all
+  the same. Only one of the last to arrive may be unfinished at the horizon (`_may_be_unfinished`);
 - an iteration costs its fixed time `a` at least once per `max_num_seqs` decodes, per KV cache full of contexts and per
   token budget of prefill (`work_of`), in the pool on which the request is fastest relative to the first;
 - a replica that was not there at the start is billed for its image, weights and warm-up first, each at the low end of

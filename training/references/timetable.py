@@ -59,7 +59,8 @@ class TimetablePolicy:
 def unguarded(spec: ScalingSpec) -> ScalingSpec:
     """The spec without the guardrails that slow a target down or raise it; bounds and the GPU budget stay.
 
-    A plan knows what comes, so it needs no caution; and a reference must be what it says, a constant fleet constant.
+    A plan knows what comes, so it needs no caution; and a reference must be what its name says: a constant fleet must
+    stay constant.
     """
     free = GuardrailSpec(
         max_scale_up_factor=1e6,

@@ -1,4 +1,4 @@
-"""What goes wrong in the field and not in a tidy replay: each disturbance a few small functions on one scenario.
+"""What goes wrong in the field but not in a tidy replay: each disturbance is a few small functions on one scenario.
 
 A disturbance changes the world that is simulated, what the decision core believes of it, the traffic, or the metrics
 on their way from the one to the other; everything else stays as the scenario says.

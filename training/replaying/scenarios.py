@@ -1,7 +1,7 @@
 """Scenarios and suites: what a policy is judged on.
 
-A suite is one YAML file, described in ``docs/evaluation.md``. Everything that can be wrong with it is said before the
-first simulation starts.
+A suite is one YAML file, described in ``docs/evaluation.md``. Every mistake in it is reported before the first
+simulation starts.
 This module must not know about policies.
 """
 

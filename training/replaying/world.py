@@ -183,8 +183,8 @@ def read_horizon(cluster: SimulatedCluster, horizon_s: float) -> tuple[Usage, Fl
 def drain(cluster: SimulatedCluster, horizon_s: float, specs: Sequence[ScalingSpec], traces: Sequence[Trace]) -> None:
     """Keep the clock running, without decisions, until every request is served or can only be a miss.
 
-    A request that arrived at the horizon and meets both objectives is done after the TTFT objective and its output at
-    the pace of the TPOT objective; what is unfinished then has missed.
+    A request that arrived at the horizon and meets both objectives is done once the TTFT objective and the time of its
+    output at the pace of the TPOT objective have passed; whatever is unfinished by then has missed.
     """
     slowest_s = max(
         spec.slo.ttft_s + spec.slo.tpot_s * int(trace.output_tokens.max())

@@ -2,7 +2,8 @@
 
 An Optuna study whose first settings are the defaults and a spread over the whole ranges, the rest proposed by a
 tree-structured Parzen estimator under the constraint that attainment meets the target. Only settings that were run
-count. An optimum at the edge of a range widens it and is searched on. Studies are kept in one SQLite file and resumed.
+count. If the optimum lies at the edge of a range, the range is widened and the search goes on. Studies are kept in one
+SQLite file and resumed.
 This module must not know how settings are run.
 """
 

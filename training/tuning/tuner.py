@@ -3,7 +3,8 @@
 Every policy gets the same: a study (`studies`) over its declared parameters (`policies.baselines.parameters`).
 Studies that are cut off are resumed; results are kept by digest.
 
-On the *train* slice that is what an operator can do; on the test slice itself (*hindsight*) it is a gift.
+Tuning on the *train* slice is what an operator can do; tuning on the test slice itself (*hindsight*) is an advantage
+that no operator has.
 This module must not know which policies there are.
 """
 

@@ -230,7 +230,7 @@ def versus(evaluation: dict[str, Any], digest: str, other: str) -> Verdict:
 
 
 def promote_over(client: Any, name: str, version: str, former: str) -> str:
-    """Make a version that has won against the bundle `former` the champion of `name`, unless that is another one.
+    """Make a version that has won against the bundle `former` the champion of `name`, unless another holds that place.
 
     Returns:
         Its place, in words.
