@@ -189,6 +189,38 @@ def test_every_make_target_is_listed_by_help() -> None:
     assert {line.split()[0] for line in listing.splitlines()} == makefile_targets()
 
 
+def headings(page: Path) -> set[str]:
+    """The identifiers that Markdown readers give a page's headings."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in found}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    broken = []
+    for page in (path for path in repository_files() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            if not file.exists() or (anchor and anchor not in headings(file)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_files_that_the_documentation_names_exist() -> None:
+    """Paths in inline code that begin with one of the repository's folders."""
+    pattern = re.compile(r"`((?:policies|envs|autoscaler|training|tests|configs|docs)/[\w./-]+)`")
+    missing = []
+    for page in (path for path in repository_files() if path.suffix == ".md" and path.name != "CHANGELOG.md"):
+        missing += [
+            f"{page.relative_to(ROOT)}: {name}"
+            for name in pattern.findall(page.read_text(encoding="utf-8"))
+            if not any((ROOT / f"{name}{ending}").exists() for ending in ("", ".py"))
+        ]
+    assert missing == []
+
+
 def test_jevons_commands_in_the_readme_exist() -> None:
     named = jevons_subcommands_named((ROOT / "README.md").read_text(encoding="utf-8"))
     typer_main = importlib.import_module("typer.main")
