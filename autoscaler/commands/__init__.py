@@ -1,4 +1,3 @@
 """The live part of the command line.
 
-Heavy modules are imported inside the commands; nothing imports these but the root command.
-"""
+Must not know how anything is done: the commands import what they call when they are called."""

@@ -1,4 +1,3 @@
 """A live controller put together from its configuration, hosted on Ray or alone, and exposed to others.
 
-Decides nothing itself.
-"""
+Must not know how anything is decided."""

@@ -1,4 +1,3 @@
 """The command line: options, progress, errors in one sentence.
 
-Everything heavy is imported inside the commands; nothing below imports these.
-"""
+Must not know how anything is computed: the commands import what they call when they are called."""
