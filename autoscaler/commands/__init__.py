@@ -1,3 +1,4 @@
 """The live part of the command line.
 
-Must not know how anything is done: the commands import what they call when they are called."""
+Must not know how anything is done: the commands import what they call when they are called.
+"""

@@ -1,3 +1,4 @@
 """A live controller put together from its configuration, hosted on Ray or alone, and exposed to others.
 
-Must not know how anything is decided."""
+Must not know how anything is decided.
+"""

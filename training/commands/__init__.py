@@ -1,3 +1,4 @@
 """The command line: options, progress, errors in one sentence.
 
-Must not know how anything is computed: the commands import what they call when they are called."""
+Must not know how anything is computed: the commands import what they call when they are called.
+"""
