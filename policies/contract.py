@@ -186,6 +186,7 @@ class Reason(IntFlag):
     REVALIDATING = 524288
     NOT_RECORDED = 1048576
     OVERDUE = 2097152
+    OWNER_UNKNOWN = 4194304
 
     def words(self) -> list[str]:
         """The set codes in lower case, for records and tables."""

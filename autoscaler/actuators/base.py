@@ -51,6 +51,8 @@ class FleetState:
     """(n,) other autoscalers that act on a service's pools, in words; empty where there is none."""
     problems: tuple[str, ...] = ()
     """What could not be read, in words."""
+    owners_unread: tuple[int, ...] = ()
+    """Rows of which nobody knows whether another autoscaler acts on them; `problems` says why."""
 
     @classmethod
     def unknown(cls, pools: Sequence[PoolName], problems: tuple[str, ...] = ()) -> FleetState:

@@ -114,7 +114,13 @@ class CompositeActuator:
         """Counts of one, caps of the other."""
         counts, caps = self.replicas.state(), self.batch_cap.state()
         owners = tuple(one or other for one, other in zip(counts.owners, caps.owners, strict=True))
-        return replace(counts, batch_cap=caps.batch_cap, owners=owners, problems=(*counts.problems, *caps.problems))
+        return replace(
+            counts,
+            batch_cap=caps.batch_cap,
+            owners=owners,
+            problems=(*counts.problems, *caps.problems),
+            owners_unread=tuple(sorted({*counts.owners_unread, *caps.owners_unread})),
+        )
 
     def check(self) -> list[Access]:
         """Both."""

@@ -98,6 +98,7 @@ class KubernetesActuator:
         state = FleetState.unknown(self._pools)
         owners = [""] * len(state.owners)
         there = self._reader.read(problems)
+        unread = tuple(sorted({pool.row for pool, found in there.items() if found.owner_unread}))
         self._seen, self._replicas = {}, {}  # only now: an `apply` may be under way in another thread
         for pool, found in there.items():
             if found.owner:
@@ -117,7 +118,7 @@ class KubernetesActuator:
             leaving = sum(replica.leaving for replica in found.replicas or ())
             state.replicas_draining[at] = max(leaving, scale.ready - scale.target)
         self._read_s = time.monotonic()
-        return replace(state, owners=tuple(owners), problems=tuple(dict.fromkeys(problems)))
+        return replace(state, owners=tuple(owners), problems=tuple(dict.fromkeys(problems)), owners_unread=unread)
 
     def check(self) -> list[Access]:
         """Rights and objects, each by the server's own word; scale is tried with a server-side dry run."""
@@ -130,6 +131,7 @@ class KubernetesActuator:
                 ("list", kind.group, kind.plural, ""),
                 ("list", "", "pods", ""),
                 ("list", "autoscaling", "horizontalpodautoscalers", ""),
+                ("list", "keda.sh", "scaledobjects", ""),
             ]
             if self.config.least_loaded_first:
                 needed.append(("patch", "", "pods", ""))

@@ -82,11 +82,13 @@ class PoolObjects:
         scale: None where the object was not found.
         replicas: None where they could not be listed.
         owner: another autoscaler that acts on the object, in words; empty where there is none.
+        owner_unread: whether it could not be read who else acts on it.
     """
 
     scale: ScaleStatus | None
     replicas: list[Replica] | None
     owner: str
+    owner_unread: bool
 
 
 class ObjectReader:
@@ -107,7 +109,7 @@ class ObjectReader:
         """What there is of every pool; `problems` is told what could not be read."""
         objects, scales = self._objects(problems)
         pods = self._pods(problems)
-        foreign = self._foreign(problems)
+        foreign, unread = self._foreign(problems)
         found = {}
         for pool, target in self._targets.items():
             key = (target.namespace, target.kind.plural, self._names[pool])
@@ -115,7 +117,7 @@ class ObjectReader:
             replicas = None
             if scale is not None and target.namespace in pods:
                 replicas = [_replica(pod) for pod in _selected(pods[target.namespace], scale.selector)]
-            found[pool] = PoolObjects(scale, replicas, foreign.get(key, ""))
+            found[pool] = PoolObjects(scale, replicas, foreign.get(key, ""), target.namespace in unread)
         return found
 
     def where(self, pool: PoolName) -> str:
@@ -160,9 +162,10 @@ class ObjectReader:
                 problems.append(f"pods in {namespace}: {error}")
         return found
 
-    def _foreign(self, problems: list[str]) -> dict[tuple[str, str, str], str]:
-        """Other autoscalers by (namespace, plural, name) of what they scale."""
+    def _foreign(self, problems: list[str]) -> tuple[dict[tuple[str, str, str], str], set[str]]:
+        """Other autoscalers by (namespace, plural, name) of what they scale, and namespaces where they are unknown."""
         found: dict[tuple[str, str, str], str] = {}
+        unread: set[str] = set()
         plurals = {"Deployment": "deployments", "StatefulSet": "statefulsets", "LeaderWorkerSet": "leaderworkersets"}
         places = {
             # v1 is served by every release; it names the target as the newer versions do.
@@ -174,9 +177,9 @@ class ObjectReader:
                 try:
                     items = self._api.items(path.format(namespace))
                 except KubeError as error:
-                    if error.status == 404 or (what == "ScaledObject" and error.status == 403):
-                        continue  # KEDA is not installed, or none of our business
-                    problems.append(f"{what} in {namespace}: {error}")
+                    if error.status != 404:  # else it is not installed
+                        problems.append(f"{what}s in {namespace}: {error}")
+                        unread.add(namespace)
                     continue
                 for item in items:
                     scaled = item["spec"].get("scaleTargetRef", {})
@@ -184,7 +187,7 @@ class ObjectReader:
                     plural = plurals.get(kind, f"{kind.lower()}s")
                     owner = f"{what} {namespace}/{item['metadata']['name']}"
                     found[namespace, plural, scaled.get("name", "")] = owner
-        return found
+        return found, unread
 
 
 def _read_object(item: Json | None) -> ScaleStatus | None:

@@ -176,7 +176,7 @@ class LiveSupervisor:
 
     def _acting(self) -> Bools:
         modes = np.array([mode == Mode.ACT for mode in self._heartbeat.pulse.modes])
-        acting = modes & self.leading() & ~self._killed() & ~self._edited() & ~self._owned()
+        acting = modes & self.leading() & ~self._killed() & ~self._edited() & ~self._owned() & ~self._unread()
         return np.asarray(acting, bool)
 
     def _stops(self, modes: npt.NDArray[Any]) -> list[tuple[Bools, Reason]]:
@@ -186,6 +186,7 @@ class LiveSupervisor:
             (self._killed(), Reason.KILL_SWITCH),
             (np.asarray(modes == Mode.PAUSED, bool), Reason.PAUSED),
             (self._owned() & acting, Reason.OTHER_AUTOSCALER),
+            (self._unread() & acting, Reason.OWNER_UNKNOWN),
             (self._edited() & acting, Reason.FOREIGN_EDIT),
         ]
 
@@ -194,6 +195,12 @@ class LiveSupervisor:
 
     def _owned(self) -> Bools:
         return np.array([bool(owner) for owner in self._world().owners], bool)
+
+    def _unread(self) -> Bools:
+        """(n,) where nobody knows whether another autoscaler acts: what cannot be read forbids."""
+        rows = np.zeros(len(self.services), bool)
+        rows[list(self._world().owners_unread)] = True
+        return rows
 
     def _edited(self) -> Bools:
         """(n,) where somebody's edit is to be left alone."""

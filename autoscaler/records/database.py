@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import sqlalchemy as sa
 from pydantic import Field
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from autoscaler.controller import RecordsUnavailable
 from policies.engine import ConfigError, Positive, StrictModel
@@ -27,6 +28,10 @@ from policies.engine import ConfigError, Positive, StrictModel
 Arrays = Mapping[str, npt.NDArray[Any]]
 BUSY_S = 2.0
 """How long a statement waits for another process's lock on a SQLite file, seconds."""
+CREATE_S, CREATE_PAUSE_S = 5.0, 0.05
+"""How long the tables are tried to be made, and the pause between two tries, seconds."""
+SCHEMA_LOCK = 0x4A65766F6E73
+"""Key of the advisory lock of a PostgreSQL database: the letters of Jevons."""
 METADATA = sa.MetaData()
 
 TICKS = sa.Table(
@@ -140,13 +145,23 @@ class Database:
             event.listen(self.engine, "connect", _prepare_sqlite)
 
     def create(self) -> None:
-        """Make the tables that are not there.
+        """Make the tables that are not there, one process at a time: shards and a standby start together.
 
         Raises:
             RecordsUnavailable: when that cannot be done.
         """
-        with faults(), self.engine.begin() as connection:
-            METADATA.create_all(connection)
+        with faults():
+            until_s = time.monotonic() + CREATE_S
+            while True:
+                try:
+                    with self.engine.begin() as connection:
+                        _lock_schema(connection)
+                        METADATA.create_all(connection)
+                    return
+                except DBAPIError:  # somebody else holds a lock that SQLite does not wait for
+                    if time.monotonic() > until_s:
+                        raise
+                    time.sleep(CREATE_PAUSE_S)
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
@@ -171,6 +186,14 @@ def faults() -> Iterator[None]:
     except (SQLAlchemyError, OSError) as error:
         first = str(error).split("\n")[0]
         raise RecordsUnavailable(f"the database: {first}") from error
+
+
+def _lock_schema(connection: sa.Connection) -> None:
+    """Keep other processes from making the tables until the transaction ends."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    elif connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -37,6 +37,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.NOT_LEADER: "another controller holds the lease, or this one could not renew it",
     Reason.FOREIGN_EDIT: "somebody else has changed the replicas; their edit is left alone for a while",
     Reason.OTHER_AUTOSCALER: "another autoscaler acts on the same target",
+    Reason.OWNER_UNKNOWN: "it could not be read whether another autoscaler acts on the same target",
     Reason.REVALIDATING: "a scale-down is looked at a second time before it is carried out",
     Reason.NOT_RECORDED: "the decision could not be recorded, so it was not carried out",
     Reason.OVERDUE: "the decision was too old when its turn came",

@@ -73,6 +73,7 @@ class LiveWorld:
         self.cluster = SimulatedCluster.replay(specs, traces, range(len(specs)))
         self.targets: list[Target] = []
         self.owners: tuple[str, ...] = ("",) * len(specs)
+        self.owners_unread: tuple[int, ...] = ()
         self.blind = False
         self.refusing = False
         self.refused: tuple[str, ...] = ()
@@ -120,6 +121,7 @@ class LiveWorld:
             replicas_draining=latest.replicas_draining,
             batch_cap=pool["batch_cap"].astype(float),
             owners=self.owners,
+            owners_unread=self.owners_unread,
         )
 
     def apply(self, target: Target) -> None:

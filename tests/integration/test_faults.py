@@ -235,6 +235,16 @@ def scale_fault(fault: Any) -> Callable[[World], Undo]:
     return begin
 
 
+def listing_fault(plural: str, fault: Any) -> Callable[[World], Undo]:
+    """The objects of one kind cannot be listed."""
+
+    def begin(world: World) -> Undo:
+        world.kube_proxy.fault = lambda method, path: fault if path.split("?")[0].endswith(f"/{plural}") else None
+        return lambda: setattr(world.kube_proxy, "fault", lambda method, path: None)
+
+    return begin
+
+
 def target_deleted(world: World) -> Undo:
     api = kube_api(world.kube)
     delete(api, f"{DEPLOYMENTS}/{world.chat}")
@@ -294,6 +304,8 @@ FAULTS = {
     "API server connection cut": Fault(scale_fault("cut"), "actuation_failed"),
     "target deleted": Fault(target_deleted, "missing_metrics"),
     "HPA on the same target": Fault(other_autoscaler, "other_autoscaler"),
+    "HPAs cannot be read": Fault(listing_fault("horizontalpodautoscalers", 500), "owner_unknown", alone=False),
+    "ScaledObjects may not be read": Fault(listing_fault("scaledobjects", 403), "owner_unknown", alone=False),
     "database locked": Fault(database_locked, "not_recorded", alone=False),
 }
 

@@ -106,6 +106,7 @@ def test_without_rights_it_fails_and_check_says_which(chat: KubeApiServer) -> No
         "may list deployments in default",
         "may list pods in default",
         "may patch pods in default",
+        "may list scaledobjects in default",
     } <= refused
     assert replicas_of(chat, "chat") == 2
 
@@ -194,6 +195,20 @@ def test_another_autoscaler_on_the_target_is_named(chat: KubeApiServer) -> None:
     finally:
         delete(api, f"{root}/cpu")
         api.close()
+
+
+@pytest.mark.parametrize(("plural", "status"), [("horizontalpodautoscalers", 500), ("scaledobjects", 403)])
+def test_owners_that_cannot_be_read_are_unknown_and_not_absent(
+    faulty_kube: tuple[FaultProxy, Path], chat: KubeApiServer, plural: str, status: int
+) -> None:
+    proxy, kubeconfig = faulty_kube
+    proxy.fault = lambda method, path: status if path.split("?")[0].endswith(f"/{plural}") else None
+    state = actuator(kubeconfig).state()
+    assert state.owners_unread == (0,)
+    assert f"HTTP {status}" in "; ".join(state.problems)
+    assert state.replicas_target[0, 0] == 2
+    proxy.fault = lambda method, path: None
+    assert actuator(kubeconfig).state().owners_unread == ()
 
 
 def test_the_least_loaded_replicas_are_marked_to_go_first(chat: KubeApiServer) -> None:

@@ -215,6 +215,18 @@ def test_another_autoscaler_on_the_same_target_is_never_fought(world: LiveWorld,
     service.close()
 
 
+def test_an_owner_that_cannot_be_read_forbids(world: LiveWorld, tmp_path: Path) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 5)
+    world.owners_unread = (0,)
+    before = len(world.targets)
+    assert all(found == ("held", ["owner_unknown"]) for found in outcomes(world.run(service, 5)))
+    assert len(world.targets) == before
+    world.owners_unread = ()
+    assert outcomes(world.run(service, 2))[-1][0] in {"scaled", "unchanged"}
+    service.close()
+
+
 def test_a_service_that_cannot_be_scaled_does_not_hold_up_the_others(tmp_path: Path) -> None:
     specs = [service_spec("a"), service_spec("b")]
     world = LiveWorld(specs, [burst(), burst()])
