@@ -15,26 +15,41 @@ from policies.pool_arrays import nan_to_num, sum_pools
 
 
 def cost_rates(snapshot: Snapshot, fleet: Fleet, overhead_rate: Floats) -> tuple[Floats, Floats]:
-    """Provisioned dollars per second and tokens per second, (n, P) each; NaN where unknown.
+    """Provisioned dollars per second and tokens served per second, (n, P) each; NaN where unknown.
 
-    Every replica that starts, serves or drains is paid for. Tokens are prompt tokens that arrived and tokens generated;
-    a service's tokens are shared out over its pools by their running requests, by their ready replicas where none runs.
+    Every replica that starts, serves or drains is paid for. A service's tokens are shared out over its pools by their
+    running requests, by their ready replicas where none runs.
 
     Args:
         snapshot: the present fleet and load.
         fleet: prices.
         overhead_rate: (n,) network, storage and CPU as a share of the GPU bill.
     """
-    paid = snapshot.replicas_ready + nan_to_num(snapshot.replicas_starting) + nan_to_num(snapshot.replicas_draining)
-    usd_per_s = paid * fleet.usd_per_replica_s * (1.0 + overhead_rate)[:, np.newaxis]
+    usd_per_s = replicas_paid(snapshot) * fleet.usd_per_replica_s * (1.0 + overhead_rate)[:, np.newaxis]
     running, ready = nan_to_num(snapshot.running), nan_to_num(snapshot.replicas_ready)
     weight = np.where((sum_pools(running) > 0)[:, np.newaxis], running, ready)
     share = weight / np.maximum(sum_pools(weight), 1e-9)[:, np.newaxis]
-    return usd_per_s, token_rate_tps(snapshot)[:, np.newaxis] * share
+    return usd_per_s, served_tps(snapshot)[:, np.newaxis] * share
+
+
+def replicas_paid(snapshot: Snapshot) -> Floats:
+    """(n, P) replicas that start, serve or drain; NaN where it is unknown how many serve."""
+    starting, draining = nan_to_num(snapshot.replicas_starting), nan_to_num(snapshot.replicas_draining)
+    paid: Floats = snapshot.replicas_ready + starting + draining
+    return paid
+
+
+def served_tps(snapshot: Snapshot) -> Floats:
+    """(n,) prompt and output tokens of the requests that finished, per second; NaN where unknown.
+
+    What arrives and is not served makes no token cheaper.
+    """
+    means = snapshot.prompt_tokens_mean + snapshot.output_tokens_mean
+    return np.where(snapshot.finished_rps == 0, 0.0, snapshot.finished_rps * means)
 
 
 def token_rate_tps(snapshot: Snapshot) -> Floats:
-    """(n,) prompt tokens that arrived and tokens generated, per second; NaN where either is unknown."""
+    """(n,) the load: prompt tokens that arrived and tokens generated, per second; NaN where either is unknown."""
     rate: Floats = snapshot.prompt_tps + snapshot.generation_tps
     return rate
 

@@ -5,6 +5,7 @@ This module must not know where the usage was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from policies.contract import Floats
 from policies.fleet import Fleet
 from policies.pool_arrays import min_pools, sum_pools
-from policies.spec import ObjectiveSpec
+from policies.spec import ObjectiveSpec, ScalingSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -84,13 +85,27 @@ class Objective:
         self.bill_per_node = np.zeros(shape, bool) if bill_per_node is None else bill_per_node
         self.node_gpus = np.ones(shape) if node_gpus is None else node_gpus
 
+    @classmethod
+    def of(cls, specs: Sequence[ScalingSpec], fleet: Fleet) -> Objective:
+        """As the specs (n,) of the services of `fleet` say; the rates are those of the first."""
+        by_node, node_gpus = np.zeros(fleet.exists.shape, bool), np.ones(fleet.exists.shape)
+        for row, spec in enumerate(specs):
+            for column, pool in enumerate(spec.pools):
+                by_node[row, column] = pool.billing == "node"
+                node_gpus[row, column] = pool.engine.gpus_per_node
+        return cls(specs[0].objective, fleet, by_node, node_gpus)
+
     def pool_usd(self, usage: Usage) -> Floats:
         """(n, P) GPU dollars by pool, without overhead."""
-        by_replica = usage.replica_s * self.fleet.usd_per_replica_s
+        return self.provisioned_usd(usage.replica_s, usage.node_s)
+
+    def provisioned_usd(self, replica_s: Floats, node_s: Floats) -> Floats:
+        """(n, P) GPU dollars of billed replica-seconds (n, P), and node-seconds where a pool is billed per node."""
+        by_replica = replica_s * self.fleet.usd_per_replica_s
         if not self.bill_per_node.any():
             return by_replica
         per_gpu_s = self.fleet.usd_per_replica_s / np.maximum(self.fleet.gpus, 1.0)
-        by_node = usage.node_s * self.node_gpus * per_gpu_s
+        by_node = node_s * self.node_gpus * per_gpu_s
         return np.where(self.bill_per_node, by_node, by_replica)
 
     def cost(self, usage: Usage, request_usd: Floats, interval_s: float, missed: Floats | None = None) -> Cost:

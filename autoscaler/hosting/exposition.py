@@ -24,10 +24,11 @@ from prometheus_client.core import (
 from pydantic import Field
 
 from policies.contract import Decision, Floats, Outcome, Reason
-from policies.cost_rates import cost_rates, token_rate_tps
+from policies.cost_meter import CostMeter
+from policies.cost_rates import cost_rates, served_tps
 from policies.engine import StrictModel
 from policies.fleet import Fleet
-from policies.pool_arrays import nan_to_num, sum_pools
+from policies.pool_arrays import sum_pools
 
 LATENCY_EDGES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -52,6 +53,7 @@ class Exposition:
         pools: names of each service's pools.
         fleet: prices.
         overhead_rate: (n,) share of the GPU bill.
+        meter: the bill.
         version: policy version in use.
         registry: where to register.
     """
@@ -62,6 +64,7 @@ class Exposition:
         pools: Sequence[Sequence[str]],
         fleet: Fleet,
         overhead_rate: Floats,
+        meter: CostMeter,
         version: Callable[[], str],
         registry: CollectorRegistry,
     ) -> None:
@@ -72,23 +75,19 @@ class Exposition:
         self._version = version
         self._lock = threading.Lock()
         self._decision: Decision | None = None
-        n, width = fleet.exists.shape
-        self._usd = np.zeros((n, width))
-        self._tokens = np.zeros((n, width))
+        n = len(fleet)
+        self.meter = meter
         self._outcomes = {outcome: np.zeros(n, np.int64) for outcome in Outcome}
         self._held_by = {reason: np.zeros(n, np.int64) for reason in Reason if reason}
         self._latency: dict[str, Floats] = {}  # counts by edge, then the count and the sum of all
         registry.register(self)
 
-    def publish(self, decision: Decision, seconds: dict[str, float]) -> None:
-        """Take over a finished tick."""
-        usd_per_s, token_tps = cost_rates(decision.snapshot, self._fleet, self._overhead_rate)
-        window_s = nan_to_num(decision.snapshot.window_s)[:, np.newaxis]
+    def publish(self, decision: Decision, seconds: dict[str, float], now_s: float) -> None:
+        """Take over a tick that finished at `now_s`."""
         held = decision.outcome == Outcome.HELD
         with self._lock:
             self._decision = decision
-            self._usd += nan_to_num(usd_per_s * window_s)
-            self._tokens += nan_to_num(token_tps * window_s)
+            self.meter.add(decision.snapshot, now_s)
             for outcome, counts in self._outcomes.items():
                 counts += decision.outcome == outcome
             for reason, held_counts in self._held_by.items():
@@ -121,9 +120,12 @@ class Exposition:
             "jevons_cost_usd_per_hour": ("Provisioned dollars per hour, overhead included.", sums * 3600.0),
             "jevons_cost_usd_per_million_tokens": (
                 "Provisioned dollars per million tokens in the last window, prompt and output.",
-                _ratio(sums * 1e6, token_rate_tps(snapshot)),
+                _ratio(sums * 1e6, served_tps(snapshot)),
             ),
-            "jevons_tokens_per_second": ("Prompt and output tokens per second.", token_rate_tps(snapshot)),
+            "jevons_tokens_per_second": (
+                "Tokens of finished requests per second.",
+                served_tps(snapshot),
+            ),
             "jevons_ttft_attainment_ratio": ("Share of first tokens within the objective.", snapshot.ttft_attainment),
             "jevons_tpot_attainment_ratio": ("Share of requests within the TPOT objective.", snapshot.tpot_attainment),
             "jevons_queue_requests": ("Requests that wait in front of the batch cap.", snapshot.queue_requests),
@@ -162,12 +164,10 @@ class Exposition:
 
     def _counters(self) -> Iterable[Metric]:
         labels = ["service", "pool"]
-        yield self._pool_family(
-            CounterMetricFamily("jevons_cost_usd", "Provisioned dollars, overhead included.", labels=labels), self._usd
-        )
-        yield self._pool_family(
-            CounterMetricFamily("jevons_tokens", "Prompt and output tokens.", labels=labels), self._tokens
-        )
+        usd = CounterMetricFamily("jevons_cost_usd", "Provisioned dollars, overhead included.", labels=labels)
+        yield self._pool_family(usd, self.meter.usd)
+        tokens = CounterMetricFamily("jevons_tokens", "Prompt and output tokens of finished requests.", labels=labels)
+        yield self._pool_family(tokens, self.meter.tokens)
         outcomes = CounterMetricFamily("jevons_decisions", "Decisions by outcome.", labels=["service", "outcome"])
         for outcome, counts in self._outcomes.items():
             for row in np.flatnonzero(counts).tolist():

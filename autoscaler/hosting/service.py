@@ -39,9 +39,11 @@ from autoscaler.versions.follower import is_learned
 from autoscaler.versions.ladder import FallbackLadder
 from autoscaler.versions.lifecycle import Lifecycle
 from policies.contract import Bools, Decision, Outcome, Reason
+from policies.cost_meter import CostMeter
 from policies.decider import Decider
 from policies.fleet import Fleet
 from policies.lineup import make_policy
+from policies.objective import Objective
 
 LOG = logging.getLogger("jevons")
 MAX_FAULTS = 10
@@ -127,12 +129,22 @@ class LiveService:
             config.supervision,
             self._finish,
         )
+        self.exposition = Exposition(
+            self.services,
+            pools,
+            fleet,
+            overhead_rate,
+            CostMeter(Objective.of(specs, fleet), overhead_rate),
+            lambda: self.lifecycle.version,
+            self.registry,
+        )
         self.memory = Memory(
             {
                 "decider": self.decider,
                 "ladder": self.ladder,
                 "supervisor": self.supervisor,
                 "counterfactuals": self.counterfactuals,
+                "bill": self.exposition.meter,
             },
             [",".join(names) for names in pools],
         )
@@ -159,9 +171,6 @@ class LiveService:
             self.supervisor,
             self.stages,
             self.services,
-        )
-        self.exposition = Exposition(
-            self.services, pools, fleet, overhead_rate, lambda: self.lifecycle.version, self.registry
         )
         self.targets = TargetsFile(config.targets_file, self.services, pools) if config.targets_file else None
         self.last: Decision | None = None
@@ -298,7 +307,7 @@ class LiveService:
 
     def _finish(self, decision: Decision, seconds: dict[str, float]) -> None:
         self.last = decision
-        self.exposition.publish(decision, seconds)
+        self.exposition.publish(decision, seconds, self.clock.now_s)
         self.lifecycle.after_tick(decision)
         if self.targets is not None:
             self.targets.publish(decision, self.clock.now_s)

@@ -64,6 +64,7 @@ class PrometheusSource:
         self._slo_tpot = np.array([spec.slo.tpot_s for spec in specs])
         self._boot = BootLedger(specs)
         self._window_s = config.window_s or specs[0].interface.window.control_interval_s
+        self._read_s: float | None = None  # the server's time of the last snapshot
         self._coverage = Coverage([spec.service for spec in specs], config, counts_known=state is not None)
         self._queue_age = QueueAge(len(specs), specs[0].interface.window.control_interval_s)
 
@@ -143,7 +144,7 @@ class PrometheusSource:
         missing_pipeline = np.isnan(starting)
         return Snapshot(
             time_s=np.full(n, now_s),
-            window_s=np.full(n, self._window_s),
+            window_s=np.full(n, self._accounted_s(now_s)),
             arrival_rps=arrival,
             prompt_tps=np.where(lost, np.nan, arrival * prompt_mean),
             prefill_tps=seen(prefill),
@@ -167,6 +168,17 @@ class PrometheusSource:
             kv_cache_usage=seen(pool_values("kv_cache_usage")),
             batch_cap=self._caps(state, values, exists),
         )
+
+    def _accounted_s(self, now_s: float) -> float:
+        """What of the rates' window no earlier snapshot has accounted for, seconds.
+
+        Windows are longer than the control interval where scrapes are rare. Whoever adds up rates over snapshots would
+        count such traffic several times, and whoever forgets with time would forget too fast.
+        """
+        since_s = np.inf if self._read_s is None else now_s - self._read_s
+        self._read_s = now_s
+        # A server's clock that went back says nothing about the time that passed.
+        return self._window_s if since_s < 0 else float(min(self._window_s, since_s))
 
     def _replicas(
         self, state: FleetState | None, values: Mapping[str, Floats], exists: np.ndarray

@@ -243,12 +243,8 @@ class Bill:
     def __init__(self, spec: ScalingSpec, pools: int) -> None:
         self.spec = spec
         self.fleet = Fleet.from_specs([spec], pools=pools)
-        self.by_node = np.zeros(pools, bool)
-        self.node_gpus = np.ones(pools)
-        for column, pool in enumerate(spec.pools):
-            self.by_node[column] = pool.billing == "node"
-            self.node_gpus[column] = pool.engine.gpus_per_node
-        self._objective = Objective(spec.objective, self.fleet, self.by_node[np.newaxis], self.node_gpus[np.newaxis])
+        self._objective = Objective.of([spec], self.fleet)
+        self.by_node, self.node_gpus = self._objective.bill_per_node[0], self._objective.node_gpus[0]
 
     def pool_usd(self, usage: Usage, row: int) -> Floats:
         """(P,) GPU dollars by pool of service `row`, without overhead."""

@@ -59,14 +59,15 @@ def test_cost_per_million_tokens_is_the_bill_over_the_tokens(tmp_path: Path) -> 
     service = world.service(live_config(tmp_path))
     usd = tokens = 0.0
     pool = spec.pools[0]
-    for _ in range(10):
+    for tick in range(10):
         (decision,) = world.run(service, 1)
         snapshot = decision.snapshot
         paid = snapshot.replicas_ready + snapshot.replicas_starting + snapshot.replicas_draining
         rate = float(paid[0, 0]) * pool.usd_per_replica_hour * 1.15
-        token_rate = float(snapshot.prompt_tps[0] + snapshot.generation_tps[0])
-        usd += rate / 3600.0 * float(snapshot.window_s[0])
-        tokens += token_rate * float(snapshot.window_s[0])
+        token_rate = float(snapshot.finished_rps[0] * (snapshot.prompt_tokens_mean[0] + snapshot.output_tokens_mean[0]))
+        if tick:  # the first one only looks
+            usd += rate / 3600.0 * service.config.interval_s
+            tokens += token_rate * service.config.interval_s
         found = values(service.registry)
         assert found["jevons_cost_usd_per_hour", ""] == pytest.approx(rate)
         assert found["jevons_cost_usd_per_million_tokens", ""] == pytest.approx(rate / 3600.0 / token_rate * 1e6)

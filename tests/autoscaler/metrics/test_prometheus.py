@@ -181,3 +181,16 @@ def test_a_name_that_ends_alike_is_suggested() -> None:
     assert suggest(["vllm:num_requests_running"], known) == "acme:num_requests_running"
     assert suggest(["vllm:kv_cache_usage_perc"], known) == "vllm:kv_cache_usage"
     assert suggest(["tgi_queue_size"], known) == ""
+
+
+def test_a_window_longer_than_the_interval_is_accounted_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four snapshots within one window of rates: whoever adds them up must not count the same traffic four times."""
+    config = PrometheusConfig.model_validate({"url": "http://localhost:9090", "window_s": 60.0})
+    source = PrometheusSource(config, [spec()])
+    source._signals._client = Answers(source, LOADED)  # type: ignore[assignment]
+    accounted = []
+    for seconds in (0, 15, 30, 150, 140, 155):  # a gap longer than the window, and a clock that goes back
+        monkeypatch.setitem(globals(), "NOW_S", 1.8e9 + seconds)
+        accounted.append(source.read().window_s.tolist())
+    assert accounted == [[60.0], [15.0], [15.0], [60.0], [60.0], [15.0]]
+    source.close()
