@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from autoscaler.records.database import CONTROLS, Database
 EVERY_SERVICE = "*"
 CONTROLLER = "@"
 """In front of a controller's name, where the order is for it and not for a service."""
+PAUSED_FROM = "<"
+"""In front of a service's name, where the row holds the mode that it was paused from."""
 KILLED, RELEASED = "killed", "released"
 ANNOTATION = "jevons.dev/kill-switch"
 """Annotation of a Lease object; the value `true` engages the kill switch for its service."""
@@ -40,15 +42,18 @@ class Orders:
 
     Attributes:
         modes: by service, as far as one was ordered.
-        ordered_s: Unix time of each order by service; a hold that is older ends.
+        ordered_s: Unix time of each order by service, on the clock of whoever gave it: it tells one order from another,
+            and is compared with no other clock.
         killed: why the kill switch is engaged in the database, empty when it is not.
-        down_s: Unix time at which each controller was told to end, by its name.
+        down_s: Unix time at which each controller was told to end, by its name; the same holds.
+        paused_from: mode before the pause by service, where one was ordered.
     """
 
     modes: dict[str, Mode]
     ordered_s: dict[str, float]
     killed: str
     down_s: dict[str, float]
+    paused_from: dict[str, Mode] = field(default_factory=dict)
 
 
 class Controls:
@@ -70,15 +75,37 @@ class Controls:
         with self._database.begin() as connection:
             rows = connection.execute(CONTROLS.select()).all()
         down = {row.service[1:]: float(row.changed_s) for row in rows if row.service.startswith(CONTROLLER)}
-        rows = [row for row in rows if not row.service.startswith(CONTROLLER)]
+        before = {row.service[1:]: Mode(row.mode) for row in rows if row.service.startswith(PAUSED_FROM)}
+        rows = [row for row in rows if not row.service.startswith((CONTROLLER, PAUSED_FROM))]
         modes = {row.service: Mode(row.mode) for row in rows if row.service != EVERY_SERVICE}
         ordered = {row.service: float(row.changed_s) for row in rows}
         killed = [row.changed_by for row in rows if row.service == EVERY_SERVICE and row.mode == KILLED]
-        return Orders(modes, ordered, f"ordered by {killed[0]}" if killed else "", down)
+        return Orders(modes, ordered, f"ordered by {killed[0]}" if killed else "", down, before)
 
     def set_mode(self, services: Sequence[str], mode: Mode) -> None:
         """Order a mode for the named services."""
-        self._write(dict.fromkeys(services, mode.value))
+        values = dict.fromkeys(services, mode.value)
+        if mode == Mode.PAUSED:
+            before = self.read().modes
+            values |= {f"{PAUSED_FROM}{name}": before[name] for name in services if before.get(name, mode) != mode}
+        self._write(values)
+
+    def resume(self, services: Sequence[str], otherwise: Mode) -> dict[str, Mode]:
+        """End holds and pauses of the named services; the modes that are in force then.
+
+        A service keeps its mode; one that is paused goes back to the mode that it was paused from.
+
+        Args:
+            services: names.
+            otherwise: mode of a service for which none was ordered.
+        """
+        orders = self.read()
+        modes = {name: orders.modes.get(name, otherwise) for name in services}
+        for name, mode in modes.items():
+            if mode == Mode.PAUSED:
+                modes[name] = orders.paused_from.get(name, otherwise)
+        self._write({name: mode.value for name, mode in modes.items()})
+        return modes
 
     def kill(self) -> None:
         """Engage the kill switch for every service of this database."""

@@ -34,6 +34,7 @@ class ForeignEdits:
         self._base: Ints = np.full(exists.shape, UNKNOWN, np.int64)  # what was in force just before
         self._edited_s: Floats = np.full(n, -np.inf)
         self._edited_to: Ints = np.full(exists.shape, UNKNOWN, np.int64)
+        self._order_s: Floats = np.full(n, -np.inf)  # stamp of the last order when the edit was found
 
     def look(self, world: Floats, now_s: float, ordered_s: Floats) -> None:
         """Find what is neither what was last applied, nor what was there before, nor on the way between both.
@@ -41,7 +42,7 @@ class ForeignEdits:
         Args:
             world: (n, P) replicas in force; NaN where unknown.
             now_s: time.
-            ordered_s: (n,) when somebody last gave an order for the service.
+            ordered_s: (n,) stamp of the last order for the service, on whatever clock.
         """
         exists = self._exists
         known = ~any_pool(np.isnan(world) & exists)
@@ -54,13 +55,17 @@ class ForeignEdits:
         self._edited_s = np.where(new, now_s, self._edited_s)
         edited_to = np.where(new[:, np.newaxis], np.nan_to_num(world, nan=UNKNOWN), self._edited_to)
         self._edited_to = edited_to.astype(np.int64)
+        self._order_s = np.where(new, ordered_s, self._order_s)
         # From here on the edit is what is there; while it is left alone nothing is applied.
         self.forget(new)
 
     def standing(self, now_s: float, ordered_s: Floats) -> Bools:
-        """(n,) where an edit is to be left alone: recent, and no order has been given since."""
+        """(n,) where an edit is to be left alone: recent, and no other order has been given since it was found.
+
+        Orders are told apart and not dated: they come from hosts whose clocks differ from this one.
+        """
         recent = now_s - self._edited_s < self._hold_s
-        edited: Bools = recent & (ordered_s < self._edited_s)
+        edited: Bools = recent & (ordered_s == self._order_s)
         return edited
 
     def carried_out(self, replicas: Ints, world: Floats, done: Bools, failed: Bools) -> None:
@@ -88,6 +93,7 @@ class ForeignEdits:
             "base": self._base,
             "edited_s": self._edited_s,
             "edited_to": self._edited_to,
+            "order_s": self._order_s,
         }
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -96,3 +102,4 @@ class ForeignEdits:
             np.array(state[name], np.int64) for name in ("applied", "base", "edited_to")
         )
         self._edited_s = np.array(state["edited_s"], np.float64)
+        self._order_s = np.array(state["order_s"], np.float64)

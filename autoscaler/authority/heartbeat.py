@@ -28,7 +28,7 @@ class Pulse:
     Attributes:
         tokens: (n,) fencing tokens, `NOT_HELD` where another controller acts.
         modes: (n,) modes in force.
-        ordered_s: (n,) Unix time of the last order, -inf where there was none.
+        ordered_s: (n,) stamp of the last order, -inf where there was none.
         killed: (n,) why the kill switch is engaged, empty where it is not.
         beat_s: steady time of the beat, -inf before the first.
         problem: what went wrong at the last beat, empty when nothing did.
@@ -76,7 +76,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._orders = Orders({}, {}, "", {})
+        self._orders, self._heard = Orders({}, {}, "", {}), False
         self.pulse = Pulse(
             np.full(n, NOT_HELD), (default_mode,) * n, (-np.inf,) * n, ("",) * n, -np.inf, "no beat has come yet"
         )
@@ -88,7 +88,7 @@ class Heartbeat:
             tokens, beat_s = self.pulse.tokens, self.pulse.beat_s
             try:
                 tokens, beat_s = self._leases.renew(), began_s
-                self._orders = self._controls.read()
+                self._orders, self._heard = self._controls.read(), True
             except (LeasesUnavailable, RecordsUnavailable) as error:
                 problem = str(error)
             self.pulse = self._pulse(tokens, beat_s, problem)
@@ -116,9 +116,9 @@ class Heartbeat:
         reason = kill_file_engaged(self.kill_file)
         return tuple(reason or mark for mark in self.pulse.killed)
 
-    def ended_s(self, controller: str) -> float:
-        """Unix time at which the named controller was told to end, -inf when never."""
-        return self._orders.down_s.get(controller, -np.inf)
+    def ended_s(self, controller: str) -> float | None:
+        """Stamp of the last order to the named controller to end, -inf without one; None before orders were read."""
+        return self._orders.down_s.get(controller, -np.inf) if self._heard else None
 
     def start(self, period_s: float) -> None:
         """Beat in the background until `stop`."""

@@ -10,14 +10,16 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoscaler.commands.configuration import AsJson, Config, opened
 
 if TYPE_CHECKING:
+    from autoscaler.authority.controls import Mode
     from autoscaler.hosting.config import LiveConfig
+    from autoscaler.records.database import Database
 
 Services = Annotated[list[str] | None, typer.Argument(help="Services.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every service of the configuration.")]
@@ -144,16 +146,19 @@ def resume(
     config: Config,
     services: Services = None,
     everything: Everything = False,
-    act: Annotated[bool, typer.Option("--act", help="Resume in act mode; in the configured mode otherwise.")] = False,
+    act: Annotated[bool, typer.Option("--act", help="Resume in act mode, whatever the mode was.")] = False,
 ) -> None:
-    """Resume services, ending a hold after a manual edit; with --all release the kill switch."""
-    from autoscaler.authority.controls import Mode
-    from autoscaler.hosting.config import load_live_config
+    """End pauses and holds after a manual edit; modes stay what they were. With --all release the kill switch."""
+    from autoscaler.authority.controls import Controls, Mode
 
     if everything:
         _kill_switch(config, engage=False)
+    elif act:
+        _order(services, False, Mode.ACT, config)
     else:
-        _order(services, False, Mode.ACT if act else load_live_config(config).mode, config)
+        loaded, database, wanted = _wanted(services, False, config)
+        modes = Controls(database).resume(wanted, loaded.mode)
+        _say(", ".join(f"{name}: {mode.value}" for name, mode in modes.items()))
 
 
 def down(config: Config, wait_s: Annotated[float, typer.Option(help="Longest wait, seconds.")] = 60.0) -> None:
@@ -173,9 +178,16 @@ def down(config: Config, wait_s: Annotated[float, typer.Option(help="Longest wai
     raise OSError(f"{loaded.name}: still says that it runs after {wait_s:g} s; it ends at its next tick")
 
 
-def _order(services: list[str] | None, everything: bool, to: Any, path: Path) -> None:
+def _order(services: list[str] | None, everything: bool, to: Mode, path: Path) -> None:
     from autoscaler.authority.controls import Controls
 
+    _, database, wanted = _wanted(services, everything, path)
+    Controls(database).set_mode(wanted, to)
+    _say(f"{', '.join(wanted)}: {to.value}")
+
+
+def _wanted(services: list[str] | None, everything: bool, path: Path) -> tuple[LiveConfig, Database, list[str]]:
+    """The configuration, its database, and the services that an order is for."""
     loaded, database = opened(path)
     known = [spec.service for spec in loaded.services]
     wanted = known if everything else list(services or [])
@@ -184,8 +196,7 @@ def _order(services: list[str] | None, everything: bool, to: Any, path: Path) ->
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"{path}: no service named {unknown[0]!r}; there are {', '.join(known[:10])}")
-    Controls(database).set_mode(wanted, to)
-    _say(f"{', '.join(wanted)}: {to.value}")
+    return loaded, database, wanted
 
 
 def _kill_switch(path: Path, engage: bool) -> None:

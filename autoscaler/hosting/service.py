@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -174,7 +173,7 @@ class LiveService:
         )
         self.targets = TargetsFile(config.targets_file, self.services, pools) if config.targets_file else None
         self.last: Decision | None = None
-        self._began_s = time.time()
+        self._ended_s: float | None = None  # stamp of the order to end that was there before this controller
         self.problem = ""
         self._server: Any = None
         self._stopped = threading.Event()
@@ -196,6 +195,7 @@ class LiveService:
                 follower.start()
         self.lifecycle.before_tick()
         self.heartbeat.beat()
+        self._ended_s = self.heartbeat.ended_s(self.config.name)
         self.heartbeat.start(min(self.config.lease.duration_s / 6.0, 5.0))
 
     @property
@@ -227,7 +227,10 @@ class LiveService:
 
     def step(self) -> Decision | None:
         """One tick; None while no service is this controller's, or it was told to end."""
-        if self.heartbeat.ended_s(self.config.name) > self._began_s:
+        ended_s = self.heartbeat.ended_s(self.config.name)
+        if self._ended_s is None:
+            self._ended_s = ended_s
+        elif ended_s != self._ended_s:
             self.stop()
             return None
         if not self._bring_back().any():

@@ -75,6 +75,15 @@ def test_orders_decide_what_a_controller_does(config: Path) -> None:
     assert outcome() in {"scaled", "unchanged"}
     assert jevons("pause", "chat", "--config", config)[0] == 0
     assert outcome() == "held"
+    assert jevons("resume", "chat", "--config", config)[2].endswith("chat: act\n")  # what it was paused from
+    assert outcome() in {"scaled", "unchanged"}
+    assert jevons("resume", "chat", "--config", config)[2].endswith("chat: act\n")
+    assert outcome() in {"scaled", "unchanged"}
+    assert jevons("mode", "chat", "advise", "--config", config)[0] == 0
+    assert jevons("pause", "chat", "--config", config)[0] == 0
+    assert jevons("pause", "chat", "--config", config)[0] == 0
+    assert jevons("resume", "chat", "--config", config)[2].endswith("chat: advise\n")
+    assert outcome() == "advised"
     assert jevons("resume", "chat", "--act", "--config", config)[0] == 0
     assert outcome() in {"scaled", "unchanged"}
     assert jevons("pause", "--all", "--config", config)[0] == 0

@@ -194,7 +194,7 @@ def test_every_new_edit_starts_the_hold_anew_and_resume_ends_it(tmp_path: Path) 
         assert all("foreign_edit" in reasons for _, reasons in outcomes(world.run(service, 6)))
     orders = service.heartbeat.pulse
     assert orders.ordered_s == (-np.inf,)
-    service.heartbeat._orders.ordered_s["chat"] = world.now_s
+    service.heartbeat._orders.ordered_s["chat"] = world.now_s - 90.0  # from a host whose clock is behind
     service.heartbeat.beat = lambda: service.heartbeat.pulse  # type: ignore[method-assign]
     service.heartbeat.pulse = service.heartbeat._pulse(orders.tokens, orders.beat_s, "")
     assert "foreign_edit" not in outcomes(world.run(service, 1))[0][1]
@@ -390,3 +390,22 @@ def test_down_ends_the_loop_and_hands_the_leases_back(tmp_path: Path) -> None:
     service.close()
     successor = LiveService(live_config(tmp_path), source=world, actuator=world, clock=world)
     assert successor.heartbeat.beat().tokens.tolist() == [2]
+
+
+def test_an_order_to_end_counts_on_whatever_clock_it_was_given(
+    world: LiveWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = live_config(tmp_path)
+    service = world.service(config)
+    Controls(service.database).end(config.name)  # of an earlier life of this controller
+    service.close()
+    world.stopped = False
+    service = world.service(config)
+    world.run(service, 2)
+    assert not world.stopped
+    monkeypatch.setattr("autoscaler.authority.controls.time.time", lambda: 1.0)
+    Controls(service.database).end(config.name)
+    service.heartbeat.beat()
+    assert service.step() is None
+    assert world.stopped
+    service.close()
