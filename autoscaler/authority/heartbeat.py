@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from autoscaler.authority.controls import Controls, Mode, Orders, kill_file_enga
 from autoscaler.authority.leases import NOT_HELD, TRUSTED_SHARE, Leases, LeasesUnavailable
 from autoscaler.controller import RecordsUnavailable
 from policies.contract import Bools, Ints
+
+HEAR_S = 1.0
+"""How long a tick waits for a beat under way before it goes by the last pulse, seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,18 @@ class Heartbeat:
                 problem = str(error)
             self.pulse = self._pulse(tokens, beat_s, problem)
             return self.pulse
+
+    def hear(self) -> None:
+        """Read the orders between two beats, in the caller's thread; where that cannot be done the last ones count."""
+        if not self._lock.acquire(timeout=HEAR_S):  # a beat hangs, and must not hold up a tick
+            return
+        try:
+            self._orders, self._heard = self._controls.read(), True
+            self.pulse = self._pulse(self.pulse.tokens, self.pulse.beat_s, self.pulse.problem)
+        except RecordsUnavailable as error:
+            self.pulse = replace(self.pulse, problem=str(error))
+        finally:
+            self._lock.release()
 
     def _pulse(self, tokens: Ints, beat_s: float, problem: str) -> Pulse:
         orders = self._orders

@@ -100,7 +100,7 @@ class LiveSupervisor:
 
     def judge(self, decision: Decision, observation: Observation) -> Decision:
         """Hold what is not ours, killed, paused, edited by others, owned by another autoscaler or due a second look."""
-        modes = np.array([mode.value for mode in self._heartbeat.pulse.modes])
+        modes = self._modes()
         peers = self._counterfactuals.of(decision.settled, observation, self._decider)
         reasons = decision.reasons | self._ladder.reasons
         # The core names a rule only where it changed the proposal; a held row must say why it is held in any case.
@@ -131,11 +131,14 @@ class LiveSupervisor:
         return replace(decision, settled=settled, reasons=reasons, outcome=outcome, details=details)
 
     def permitted(self, decision: Decision) -> Decision:
-        """Kill switch, leases and the decision's age, asked again at the last moment."""
+        """Orders, kill switch, leases and the decision's age, asked again at the last moment."""
+        self._heartbeat.hear()
+        modes = self._modes()
         late = self._clock.now_s - self._began_s > self.spec.max_decision_age_s
         every = np.ones(len(self.services), bool)
         stops = (
             (self._killed(), Reason.KILL_SWITCH),
+            (modes == Mode.PAUSED, Reason.PAUSED),
             (~self.leading(), Reason.NOT_LEADER),
             (every & late, Reason.OVERDUE),
         )
@@ -144,6 +147,7 @@ class LiveSupervisor:
             rows = rows & (outcome != Outcome.ADVISED)
             reasons = np.where(rows, reasons | int(reason), reasons)
             outcome = np.where(rows, Outcome.HELD, outcome)
+        outcome = np.where((outcome != Outcome.HELD) & (modes == Mode.ADVISE), Outcome.ADVISED, outcome)
         return replace(decision, outcome=outcome, reasons=reasons)
 
     def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
@@ -174,9 +178,18 @@ class LiveSupervisor:
         """(n,) services that are this controller's to act on."""
         return self._heartbeat.leading() & self.brought_back
 
+    def _modes(self) -> npt.NDArray[Any]:
+        return np.array([mode.value for mode in self._heartbeat.pulse.modes])
+
     def _acting(self) -> Bools:
-        modes = np.array([mode == Mode.ACT for mode in self._heartbeat.pulse.modes])
-        acting = modes & self.leading() & ~self._killed() & ~self._edited() & ~self._owned() & ~self._unread()
+        acting = (
+            (self._modes() == Mode.ACT)
+            & self.leading()
+            & ~self._killed()
+            & ~self._edited()
+            & ~self._owned()
+            & ~self._unread()
+        )
         return np.asarray(acting, bool)
 
     def _stops(self, modes: npt.NDArray[Any]) -> list[tuple[Bools, Reason]]:

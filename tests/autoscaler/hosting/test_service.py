@@ -13,7 +13,7 @@ from autoscaler.authority.controls import Controls, Mode
 from autoscaler.controller import RecordsUnavailable
 from autoscaler.hosting.service import LiveService
 from autoscaler.records.ticks import read_ticks
-from policies.contract import Decision, Outcome, Reason, take_rows
+from policies.contract import LEAVE_ALONE, Decision, Outcome, Reason, take_rows
 
 
 def outcomes(decisions: list[Decision | None], row: int = 0) -> list[tuple[str, list[str]]]:
@@ -408,4 +408,26 @@ def test_an_order_to_end_counts_on_whatever_clock_it_was_given(
     service.heartbeat.beat()
     assert service.step() is None
     assert world.stopped
+    service.close()
+
+
+@pytest.mark.parametrize(("mode", "outcome"), [(Mode.PAUSED, "held"), (Mode.ADVISE, "advised")])
+def test_an_order_between_the_record_and_the_act_is_obeyed(
+    world: LiveWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, outcome: str
+) -> None:
+    service = world.service(live_config(tmp_path))
+    world.run(service, 5)
+    record = service.records.record
+
+    def then_order(decision: Decision) -> None:
+        record(decision)
+        Controls(service.database).set_mode(["chat"], mode)
+
+    monkeypatch.setattr(service.records, "record", then_order)
+    before = len(world.targets)
+    ((found, _),) = outcomes(world.run(service, 1))
+    assert found == outcome
+    carried_out = [target.replicas[0].tolist() for target in world.targets[before:]]
+    assert all(replicas == [LEAVE_ALONE] for replicas in carried_out)
+    assert [tick.arrays["outcome"].tolist() for tick in read_ticks(service.database, last=1)] != []
     service.close()
