@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from pydantic import Field
 
-from autoscaler.actuators.base import Access, FleetState, PartlyFailed, pools_of, wanted
+from autoscaler.actuators.base import Access, FleetState, pools_of, wanted
 from policies.contract import Target
 from policies.engine import StrictModel
 from policies.spec import ScalingSpec
@@ -24,7 +24,9 @@ class MetricOnlyConfig(StrictModel):
     port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         default=None, description="Serve /metrics on this port; when unset, only in the registry of the controller."
     )
-    address: str = Field(default="0.0.0.0", description="Address to listen on.")
+    address: str = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 lets every host read what it serves."
+    )
 
 
 class MetricOnlyActuator:
@@ -79,6 +81,3 @@ class MetricOnlyActuator:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-
-
-__all__ = ["MetricOnlyActuator", "MetricOnlyConfig", "PartlyFailed"]
