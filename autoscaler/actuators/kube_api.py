@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from autoscaler.actuators.base import Refused
+from autoscaler.actuators.base import Access, Refused
 from policies.engine import Positive, StrictModel
 
 if TYPE_CHECKING:
@@ -173,3 +174,22 @@ def _reason(status: int, reason: str, body: Any) -> str:
     except (TypeError, ValueError, KeyError):
         message = reason
     return f"HTTP {status}: {' '.join(str(message).split())[:300]}"
+
+
+def rights(api: KubeApi, needed: Iterable[tuple[str, str, str, str]], namespace: str) -> list[Access]:
+    """Whether this user has the rights that are needed, each by the server's own word.
+
+    Args:
+        api: the server.
+        needed: verb, API group, plural and subresource of each.
+        namespace: where.
+    """
+    lines = []
+    for verb, group, resource, sub in needed:
+        what = f"may {verb} {resource}{'/' + sub if sub else ''} in {namespace}"
+        try:
+            ok = api.allowed(verb, group, resource, sub, namespace)
+            lines.append(Access(what, ok, "" if ok else "not granted: bind a Role that allows it"))
+        except KubeError as error:
+            lines.append(Access(what, False, str(error)))
+    return lines

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, ReplicaLoads, pools_of, wanted
-from autoscaler.actuators.kube_api import KubeApi, KubeConnection, KubeError
+from autoscaler.actuators.kube_api import KubeApi, KubeConnection, KubeError, rights
 from autoscaler.actuators.kubernetes_objects import DELETION_COST, ObjectReader, Replica, ScaleStatus, ScaleTarget
 from policies.contract import Target
 from policies.engine import StrictModel
@@ -122,7 +122,7 @@ class KubernetesActuator:
 
     def check(self) -> list[Access]:
         """Rights and objects, each by the server's own word; scale is tried with a server-side dry run."""
-        lines = []
+        lines: list[Access] = []
         places = {(target.namespace, target.kind) for target in self._targets.values()}
         for namespace, kind in sorted(places, key=str):
             needed = [
@@ -135,13 +135,7 @@ class KubernetesActuator:
             ]
             if self.config.least_loaded_first:
                 needed.append(("patch", "", "pods", ""))
-            for verb, group, resource, sub in needed:
-                what = f"may {verb} {resource}{'/' + sub if sub else ''} in {namespace}"
-                try:
-                    ok = self._api.allowed(verb, group, resource, sub, namespace)
-                    lines.append(Access(what, ok, "" if ok else "not granted: bind a Role that allows it"))
-                except KubeError as error:
-                    lines.append(Access(what, False, str(error)))
+            lines += rights(self._api, needed, namespace)
         state = self.state()
         for pool in self._pools:
             lines.append(self._try_scale(pool))

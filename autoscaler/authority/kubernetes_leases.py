@@ -13,13 +13,15 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from autoscaler.actuators.kube_api import Json, KubeApi, KubeError
+from autoscaler.actuators.base import Access
+from autoscaler.actuators.kube_api import Json, KubeApi, KubeError, rights
 from autoscaler.authority.controls import ANNOTATION
 from autoscaler.authority.leases import NOT_HELD, LeaseSpec, LeasesUnavailable, SteadyClock, Watch
 from policies.contract import Ints
 
 PARALLEL = 16
 CONFLICT, MISSING = 409, 404
+LEASE_VERBS = ("get", "create", "update")
 
 
 class KubernetesLeases:
@@ -61,6 +63,15 @@ class KubernetesLeases:
             if lease is not None and lease["spec"].get("holderIdentity") == self.holder:
                 lease["spec"]["holderIdentity"] = ""
                 self._asked("PUT", service, lease)
+
+    def check(self) -> list[Access]:
+        """The rights without which nobody ever leads."""
+        group = "coordination.k8s.io"
+        return rights(self._api, [(verb, group, "leases", "") for verb in LEASE_VERBS], self._spec.namespace)
+
+    def close(self) -> None:
+        """Drop connections."""
+        self._api.close()
 
     def _renew_one(self, service: str) -> int:
         lease = self._asked("GET", service)

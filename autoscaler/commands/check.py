@@ -18,12 +18,13 @@ def check(
 ) -> None:
     """Prove a live configuration on the real servers; change nothing.
 
-    Every query is asked, the objectives are compared with histogram buckets, and the actuator's objects and rights are
-    read. Exits with 1 when something is wrong.
+    Every query is asked, the objectives are compared with histogram buckets, and the objects and rights of actuator and
+    leases are read. Exits with 1 when something is wrong.
     """
     from autoscaler.actuators.base import Access
     from autoscaler.actuators.build import build_actuator
     from autoscaler.actuators.kube_api import KubeError
+    from autoscaler.authority.kubernetes_leases import KubernetesLeases
     from autoscaler.check import check_metrics
     from autoscaler.hosting.config import load_live_config
 
@@ -41,6 +42,13 @@ def check(
             actuator.close()
     except KubeError as error:
         lines.append(Access("Kubernetes", False, str(error)))
+    if live.lease.kind == "kubernetes":
+        try:
+            leases = KubernetesLeases(live.lease, [spec.service for spec in live.services], "")
+            lines += leases.check()
+            leases.close()
+        except KubeError as error:
+            lines.append(Access("leases", False, str(error)))
     if as_json:
         typer.echo(json.dumps([vars(line) for line in lines], indent=1))
     else:

@@ -56,6 +56,14 @@ def test_one_holds_the_other_waits_and_takes_over_with_a_larger_token(clean: Kub
     assert first.renew().tolist() == [3]
 
 
+def test_check_names_the_rights_without_which_nobody_leads(clean: KubeApiServer) -> None:
+    subjects = [f"may {verb} leases in default" for verb in ("get", "create", "update")]
+    allowed, limited = (leases(kubeconfig, "a/1", Steady()).check() for kubeconfig in (clean.kubeconfig, clean.limited))
+    assert [(line.subject, line.ok) for line in allowed] == [(subject, True) for subject in subjects]
+    assert [(line.subject, line.ok) for line in limited] == [(subject, False) for subject in subjects]
+    assert {line.detail for line in limited} == {"not granted: bind a Role that allows it"}
+
+
 def test_of_two_that_read_the_same_lease_one_may_write(clean: KubeApiServer) -> None:
     clock = Steady()
     first, second = (leases(clean.kubeconfig, name, clock) for name in ("a/1", "b/1"))
