@@ -89,8 +89,8 @@ def _lifted(proposed: Ints, current: Ints, demand: Floats, limits: Limits) -> In
         floor[:, pool] += clip(missing, 0, highest[:, pool] - floor[:, pool]).astype(np.int64)
     held = np.maximum(proposed, current)
     # A proposal counts for what the limits below will leave of it.
-    reachable = limits.within_bounds(limits.within_step(held, current))
-    reachable = limits.within_bounds(limits.within_budget(reachable, current))
+    reachable = limits.within_bounds(limits.within_step(held, current), current)
+    reachable = limits.within_bounds(limits.within_budget(reachable, current), current)
     short = sum_pools(reachable / demand) < 1.0
     return np.where(short[:, np.newaxis], np.maximum(held, floor), held)
 
@@ -108,12 +108,15 @@ class Limits:
         """No further from what is in force than one tick may go."""
         spec = self.spec
         highest = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
-        lowest = current - np.maximum(np.ceil(current * spec.max_scale_down_share), 1.0)
-        return clip(replicas, lowest, highest).astype(np.int64)
+        return clip(replicas, self._step_down(current), highest).astype(np.int64)
 
-    def within_bounds(self, replicas: Ints) -> Ints:
-        """Between minimum and maximum."""
-        return clip(replicas, self.low, self.high)
+    def within_bounds(self, replicas: Ints, current: Ints) -> Ints:
+        """Between minimum and maximum; a fleet above its maximum comes down to it one step per tick."""
+        return clip(replicas, self.low, np.maximum(self.high, self._step_down(current))).astype(np.int64)
+
+    def _step_down(self, current: Ints) -> Floats:
+        lowest: Floats = current - np.maximum(np.ceil(current * self.spec.max_scale_down_share), 1.0)
+        return lowest
 
     def within_budget(self, replicas: Ints, current: Ints) -> Ints:
         """First everything in force is kept, then pools grow in their order until the GPU budget is spent."""
@@ -170,7 +173,7 @@ def keep_gpu_budget(target: Target, situation: Situation) -> Target:
 def keep_bounds(target: Target, situation: Situation) -> Target:
     """Minimum and maximum replicas; batch caps between 1 and the engine's own limit."""
     return Target(
-        replicas=situation.limits.within_bounds(target.replicas),
+        replicas=situation.limits.within_bounds(target.replicas, situation.current),
         batch_cap=clip(target.batch_cap, 1, situation.fleet.max_num_seqs).astype(np.int64),
     )
 

@@ -48,7 +48,8 @@ class Revalidation:
     def judge(self, settled: Target, current: Target, rows: Bools, observation: Observation) -> tuple[Target, Bools]:
         """The target without the scale-downs that must wait, and (n,) True where one must.
 
-        A scale-down that passes the second look gives back no more than was announced at the first.
+        A scale-down that passes the second look gives back no more than was announced at the first. What the maximum
+        alone takes away needs no look: it is an order, and the guardrails bound its step.
 
         Args:
             settled: the target to be carried out.
@@ -56,7 +57,8 @@ class Revalidation:
             rows: (n,) which services are ours to scale.
             observation: the present load.
         """
-        down = rows & any_pool(settled.replicas < current.replicas)
+        in_bounds = np.minimum(current.replicas, self._fleet.max_replicas)
+        down = rows & any_pool(settled.replicas < in_bounds)
         time_s = observation.snapshot.time_s
         enough = self._enough(settled.replicas, observation)
         announced = self._candidate[:, 0] != NOTHING
@@ -68,8 +70,8 @@ class Revalidation:
             candidate = self._candidate
         passed = down & ripe & enough
         waiting = down & ~passed
-        kept = np.where(waiting[:, np.newaxis], np.maximum(settled.replicas, current.replicas), settled.replicas)
-        gentle = np.minimum(np.maximum(settled.replicas, candidate), np.maximum(current.replicas, settled.replicas))
+        kept = np.where(waiting[:, np.newaxis], np.maximum(settled.replicas, in_bounds), settled.replicas)
+        gentle = np.minimum(np.maximum(settled.replicas, candidate), np.maximum(in_bounds, settled.replicas))
         replicas = np.where(passed[:, np.newaxis], gentle, kept)
         # A candidate stays while the proposal stays; what no longer fits, or was carried out, is forgotten.
         begin = down & enough & ~announced

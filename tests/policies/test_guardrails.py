@@ -102,8 +102,9 @@ def test_blind_holds_against_every_other_rule() -> None:
     assert settled(0, situation(4, seen=seen, demand=19.0))[0] == [[4]]
 
 
-def test_blind_does_not_lift_the_hard_limits() -> None:
-    assert settled(10, situation(30, seen=missing()))[0] == [[20]]
+def test_blind_does_not_lift_the_hard_limits_but_keeps_the_step() -> None:
+    assert settled(10, situation(50, seen=missing()))[0] == [[25]]
+    assert settled(10, situation(25, seen=missing()))[0] == [[20]]
 
 
 def test_blind_row_does_not_hold_the_others() -> None:
@@ -266,6 +267,15 @@ def test_bounds_hold_for_replicas_and_caps() -> None:
     assert (result.replicas.tolist(), result.batch_cap.tolist()) == ([[3, 0]], [[1, 1]])
 
 
+@pytest.mark.parametrize(("current", "expected"), [(40, 20), (21, 10), (11, 8), (9, 8)])
+def test_a_maximum_below_the_fleet_is_reached_step_by_step_even_while_objectives_are_missed(
+    current: int, expected: int
+) -> None:
+    services = fleet(pool(max_replicas=8))
+    burning = snapshot(ttft_attainment=0.0, replicas_starting=[[2.0]])
+    assert settled(current, situation(current, services, burning, quiet_s=0.0)) == ([[expected]], Reason.BOUNDS)
+
+
 def test_growth_stops_at_the_gpu_budget_in_pool_order() -> None:
     at = situation([2, 2], TWO, gpu_budget=7)
     assert settled([4, 4], at) == ([[4, 3]], Reason.GPU_BUDGET)
@@ -356,7 +366,8 @@ def test_bounds_hold_in_any_situation(seed: int, missing_share: float) -> None:
     at, wish = any_situation(seed, missing_share)
     result, _ = settle(wish, at)
     assert (result.replicas >= at.fleet.min_replicas).all()
-    assert (result.replicas <= at.fleet.max_replicas).all()
+    step = np.maximum(np.ceil(at.current * at.spec.max_scale_down_share), 1)
+    assert (result.replicas <= np.maximum(at.fleet.max_replicas, at.current - step)).all()
     assert (result.batch_cap >= 1).all()
     assert (result.batch_cap <= at.fleet.max_num_seqs).all()
 

@@ -255,6 +255,16 @@ def test_a_scale_down_is_looked_at_twice(tmp_path: Path) -> None:
     service.close()
 
 
+def test_a_lower_maximum_needs_no_second_look_and_is_reached_step_by_step(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec(initial_replicas=12)], [burst(mean_rps=40.0)])
+    config = live_config(tmp_path, service_spec(max_replicas=2), supervision={"revalidation": {"wait_s": 1e6}})
+    service = world.service(config)
+    decisions = world.run(service, 5)
+    assert targets(decisions)[:3] == [6, 3, 2]
+    assert [outcome for outcome, _ in outcomes(decisions)][:3] == ["scaled"] * 3
+    service.close()
+
+
 # Restarts
 
 
