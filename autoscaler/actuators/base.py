@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from policies.contract import LEAVE_ALONE, ActuationFailed, Floats, Target
+from policies.contract import LEAVE_ALONE, ActuationFailed, Bools, Floats, Target
 from policies.spec import ScalingSpec
 
 ReplicaLoads = Callable[[], Mapping[str, float]]
@@ -124,6 +124,19 @@ class LiveActuator(Protocol):
 
     def close(self) -> None:
         """Release connections."""
+        ...
+
+
+@runtime_checkable
+class Router(Protocol):
+    """An actuator that also decides where requests go. It needs no permission to scale for that."""
+
+    def route(self, rows: Bools) -> None:
+        """Route the requests of the masked services (n,) to the replicas that there are; repeating it is harmless.
+
+        Raises:
+            PartlyFailed: naming the services for which it could not be done.
+        """
         ...
 
 

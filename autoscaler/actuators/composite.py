@@ -9,7 +9,7 @@ This module must not know which servers are behind its parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +18,9 @@ import numpy as np
 from autoscaler.actuators.base import Access, FleetState, LiveActuator, PartlyFailed, PoolName, pools_of, wanted
 from policies.contract import LEAVE_ALONE, ActuationFailed, Bools, Target
 from policies.spec import ScalingSpec
+
+EVERY = 10**6
+"""More replicas than any pool has."""
 
 
 @runtime_checkable
@@ -41,16 +44,12 @@ class NamesReplicas(Protocol):
 class RoutesRequests(Protocol):
     """An actuator of caps that decides which replicas get requests."""
 
-    def follow(self, members: Mapping[str, Mapping[str, str]]) -> None:
-        """Route to these replicas."""
+    def follow(self, pool: PoolName, members: Mapping[str, str], leaving: Collection[str]) -> None:
+        """Route to these replicas, name to address, but send nothing new to those that are leaving."""
         ...
 
-    def drain(self, pool: PoolName, servers: Sequence[str]) -> Mapping[str, int]:
+    def drain(self, pool: PoolName, members: Mapping[str, str]) -> Mapping[str, int]:
         """Route no new requests to these; how many each still has."""
-        ...
-
-    def undrain(self, pool: PoolName, servers: Sequence[str]) -> None:
-        """Route to these again."""
         ...
 
 
@@ -79,6 +78,7 @@ class CompositeActuator:
         self._drain_s = drain_s
         self._clock = clock
         self._leaving: dict[PoolName, dict[str, float]] = {}  # replicas being drained, and since when
+        self._asked_s: dict[PoolName, float] = {}  # when their removal was asked for last
 
     def apply(self, target: Target) -> None:
         """Carry out what is safe now. Raises `PartlyFailed`."""
@@ -93,12 +93,11 @@ class CompositeActuator:
         cap_waits = lower_cap & ~enough & up
         failures: dict[str, str] = {}
 
-        self._follow(failures)
         caps = replace(
             target, batch_cap=np.where(cap_waits, np.nan_to_num(cap_now, nan=1.0), target.batch_cap).astype(np.int64)
         )
         self._part(self.batch_cap, caps, failures)
-        self._stop_draining(target, up, failures)
+        self._stop_draining(target, up)
         ready_to_leave = self._drained(target, ~up, state, failures)
         counts = np.where(up | ready_to_leave, target.replicas, np.nan_to_num(now)).astype(np.int64)
         held = target.replicas == LEAVE_ALONE
@@ -107,6 +106,27 @@ class CompositeActuator:
             if pool.service in failures and not up[pool.row, pool.column]:
                 counts[pool.row, pool.column] = int(np.nan_to_num(now[pool.row, pool.column]))
         self._part(self.replicas, replace(target, replicas=np.where(held, LEAVE_ALONE, counts)), failures)
+        if failures:
+            raise PartlyFailed(failures)
+
+    def route(self, rows: Bools) -> None:
+        """Route the requests of the masked services (n,) to the replicas that there are. Raises `PartlyFailed`.
+
+        Those being drained get nothing new, unless nobody has asked for their removal for `drain_s`: a controller that
+        may no longer scale does not keep them idle.
+        """
+        if not (isinstance(self.replicas, NamesReplicas) and isinstance(self.batch_cap, RoutesRequests)):
+            return
+        now_s = self._clock()
+        for pool in [pool for pool in self._leaving if now_s - self._asked_s[pool] > self._drain_s]:
+            del self._leaving[pool]
+        members, failures = self.replicas.members(), {}
+        for pool in self._pools:
+            if rows[pool.row] and pool.label in members:
+                try:
+                    self.batch_cap.follow(pool, members[pool.label], self._leaving.get(pool, {}))
+                except RuntimeError as error:
+                    failures[pool.service] = str(error)
         if failures:
             raise PartlyFailed(failures)
 
@@ -139,50 +159,40 @@ class CompositeActuator:
         except ActuationFailed as error:
             failures |= {pool.service: str(error) for pool, _, _ in wanted(target, self._pools)}
 
-    def _follow(self, failures: dict[str, str]) -> None:
-        """Route to the replicas that there are, except those being drained."""
-        if isinstance(self.replicas, NamesReplicas) and isinstance(self.batch_cap, RoutesRequests):
-            members = {label: dict(names) for label, names in self.replicas.members().items()}
-            try:
-                self.batch_cap.follow(members)
-            except PartlyFailed as error:
-                failures |= error.failures
+    def _stop_draining(self, target: Target, up: Bools) -> None:
+        """Replicas whose removal is no longer wanted get requests again, from the next routing on.
 
-    def _stop_draining(self, target: Target, up: Bools, failures: dict[str, str]) -> None:
-        """Replicas whose removal is no longer wanted get requests again."""
-        if not isinstance(self.batch_cap, RoutesRequests):
+        One that was drained and given back stays out of routing until it is gone.
+        """
+        if not (isinstance(self.replicas, NamesReplicas) and self._leaving):
             return
-        for pool in list(self._leaving):
-            if up[pool.row, pool.column] and target.replicas[pool.row, pool.column] != LEAVE_ALONE:
-                try:
-                    self.batch_cap.undrain(pool, list(self._leaving[pool]))
-                    del self._leaving[pool]
-                except RuntimeError as error:
-                    failures[pool.service] = str(error)
+        members = self.replicas.members()
+        for pool, replicas, _ in wanted(target, self._pools):
+            if pool in self._leaving and up[pool.row, pool.column]:
+                surplus = max(0, len(members.get(pool.label, ())) - replicas)
+                self._leaving[pool] = dict(list(self._leaving[pool].items())[:surplus])
 
     def _drained(self, target: Target, down: Bools, state: FleetState, failures: dict[str, str]) -> Bools:
         """(n, P) True where the replicas to remove have no request left, or were waited for long enough."""
         done = np.ones_like(down)
         if not (isinstance(self.replicas, NamesReplicas) and isinstance(self.batch_cap, RoutesRequests)):
             return done
-        now_s = self._clock()
+        now_s, members = self._clock(), self.replicas.members()
         for pool, replicas, _ in wanted(target, self._pools):
             at = (pool.row, pool.column)
             if not down[at]:
                 continue
-            count = int(state.replicas_target[at]) - replicas
-            leaving = self._leaving.setdefault(pool, {})
-            if len(leaving) != count:
-                # Those already drained stay chosen; the rest is filled up with the least loaded of the others.
-                order = [*leaving, *(one for one in self.replicas.victims(pool, 10**6) if one not in leaving)]
-                chosen = order[:count]
-                try:
-                    self.batch_cap.undrain(pool, [one for one in leaving if one not in chosen])
-                except RuntimeError as error:
-                    failures[pool.service] = str(error)
-                self._leaving[pool] = leaving = {one: leaving.get(one, now_s) for one in chosen}
+            order = self.replicas.victims(pool, EVERY)
+            # Some may be there still that an earlier scale-down has given back.
+            count = max(int(state.replicas_target[at]), len(order)) - replicas
+            # Those already drained stay chosen; the rest is filled up with the least loaded of the others.
+            draining = self._leaving.get(pool, {})
+            order.sort(key=lambda one: one not in draining)
+            self._leaving[pool] = leaving = {one: draining.get(one, now_s) for one in order[:count]}
+            self._asked_s[pool] = now_s
+            known = members.get(pool.label, {})
             try:
-                left = self.batch_cap.drain(pool, list(leaving))
+                left = self.batch_cap.drain(pool, {one: known[one] for one in leaving if one in known})
             except RuntimeError as error:
                 failures[pool.service] = str(error)
                 done[at] = False
@@ -190,5 +200,4 @@ class CompositeActuator:
             done[at] = all(not left.get(one) or now_s - since >= self._drain_s for one, since in leaving.items())
             if done[at]:
                 self.replicas.prefer(pool, list(leaving))
-                del self._leaving[pool]
         return done

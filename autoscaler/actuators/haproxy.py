@@ -1,6 +1,9 @@
 """The batch cap of each replica as HAProxy's `maxconn` per server, and the set of servers, through the Runtime API.
 
 No reload and no dropped request: a lower cap waits for requests to finish, a drained server finishes what it has.
+Servers of ours are slots that are never deleted: a slot whose replica is gone goes into maintenance, and the next
+replica gets it. HAProxy 2.6 crashes when a server is deleted while a request is still being tried on it (haproxy#2298,
+#2323, #2378).
 HAProxy keeps what cannot be admitted in a queue in front of the replicas, so its wait is part of the time to first
 token (see `autoscaler.metrics.prometheus`).
 This module must not know about replica counts.
@@ -8,24 +11,22 @@ This module must not know about replica counts.
 
 from __future__ import annotations
 
-import socket
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, pools_of, wanted
+from autoscaler.actuators.haproxy_api import HAProxyError, RuntimeApi, Server
 from policies.contract import Target
 from policies.engine import Positive, StrictModel
 from policies.spec import ScalingSpec
 
-DRAIN_FLAGS = 0x08 | 0x10
-"""Administrative drain, forced or inherited, in the same place (HAProxy management guide, srv_admin_state)."""
-MAINTENANCE_FLAGS = 0x01 | 0x02 | 0x04 | 0x20
-BUFFER = 65536
+EVERY = "*"
+OURS = "jevons-"
+"""How the names of our servers begin. All others are somebody else's: their caps are set, and nothing else."""
 
 
 class HAProxyConfig(StrictModel):
@@ -37,120 +38,13 @@ class HAProxyConfig(StrictModel):
     )
     backend: str = Field(default="{service}", description="Backend of a service; {service} and {pool} are filled in.")
     backends: dict[str, str] = Field(default={}, description="Backend by `service` or `service/pool`.")
+    route: tuple[str, ...] = Field(
+        default=(),
+        description="Services whose backends follow the ready replicas, in every mode; `*` stands for all. It needs"
+        " `composite` with Kubernetes replicas. Only servers whose names begin with `jevons-` are added or changed.",
+    )
     server_options: str = Field(default="", description="Options of servers that are added, such as `check`.")
     timeout_s: Positive = Field(default=2.0, description="Longest wait for one answer.")
-
-
-class HAProxyError(RuntimeError):
-    """Raised when HAProxy did not answer or refused a command."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """One server of a backend."""
-
-    name: str
-    address: str
-    ready: bool
-    draining: bool
-    sessions: int
-    cap: int
-
-
-class RuntimeApi:
-    """Commands on one HAProxy process. An empty answer is success.
-
-    Args:
-        address: path of the socket, or host:port.
-        timeout_s: longest wait for one answer.
-    """
-
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self.address = address
-        self._timeout_s = timeout_s
-
-    def ask(self, command: str) -> str:
-        """The answer to one command.
-
-        Raises:
-            HAProxyError: when there is none in time.
-        """
-        until_s = time.monotonic() + self._timeout_s
-        try:
-            with self._connect() as connection:
-                connection.sendall(f"{command}\n".encode())
-                parts: list[bytes] = []
-                while True:
-                    connection.settimeout(max(0.01, until_s - time.monotonic()))
-                    part = connection.recv(BUFFER)
-                    if not part:
-                        return b"".join(parts).decode(errors="replace").strip()
-                    parts.append(part)
-        except OSError as error:
-            raise HAProxyError(f"{self.address}: {error.strerror or error}") from None
-
-    def tell(self, command: str, accepted: tuple[str, ...] = ()) -> None:
-        """A command that changes something.
-
-        Raises:
-            HAProxyError: when it is refused; answers that begin with an accepted text are none.
-        """
-        answer = self.ask(command)
-        if answer and not answer.startswith(accepted or ("\0",)):
-            raise HAProxyError(f"{self.address}: {command}: {' '.join(answer.split())}")
-
-    def servers(self, backend: str) -> dict[str, Server]:
-        """Servers by name.
-
-        Raises:
-            HAProxyError: when there is no such backend.
-        """
-        rows = self.ask(f"show servers state {backend}").splitlines()
-        titles = next((row.lstrip("# ").split() for row in rows if row.startswith("#")), None)
-        if titles is None:
-            raise HAProxyError(f"{self.address}: backend {backend}: {' '.join(rows) or 'no answer'}")
-        stats = {(row["pxname"], row["svname"]): row for row in self._stats(backend)}
-        found = {}
-        for row in rows:
-            cells = row.split()
-            if row.startswith("#") or len(cells) < len(titles) - 1 or len(cells) < 10:
-                continue
-            server = dict(zip(titles, cells, strict=False))
-            stat = stats.get((backend, server["srv_name"]), {})
-            admin = int(server["srv_admin_state"])
-            drains = bool(admin & DRAIN_FLAGS)
-            away = bool(admin & MAINTENANCE_FLAGS)
-            found[server["srv_name"]] = Server(
-                name=server["srv_name"],
-                address=f"{server['srv_addr']}:{server['srv_port']}",
-                ready=int(server["srv_op_state"]) in (1, 2) and not drains and not away,
-                draining=drains,
-                sessions=int(stat.get("scur") or 0) + int(stat.get("qcur") or 0),
-                cap=int(stat.get("slim") or 0),
-            )
-        return found
-
-    def _stats(self, backend: str) -> list[dict[str, str]]:
-        # Type 4 is servers; every proxy.
-        rows = self.ask("show stat -1 4 -1").splitlines()
-        if not rows:
-            return []
-        titles = rows[0].lstrip("# ").split(",")
-        parsed = [dict(zip(titles, row.split(","), strict=False)) for row in rows[1:] if row]
-        return [row for row in parsed if row.get("pxname") == backend]
-
-    def _connect(self) -> socket.socket:
-        host, colon, port = self.address.rpartition(":")
-        if colon and port.isdigit() and "/" not in self.address:
-            return socket.create_connection((host, int(port)), self._timeout_s)
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(self._timeout_s)
-        try:
-            connection.connect(self.address)
-        except OSError:
-            connection.close()
-            raise
-        return connection
 
 
 class HAProxyActuator:
@@ -167,6 +61,7 @@ class HAProxyActuator:
         self._backends = {pool: config.backends.get(pool.label) or pool.render(config.backend) for pool in self._pools}
         self._processes = [RuntimeApi(address, config.timeout_s) for address in config.sockets]
         self._caps: dict[PoolName, int] = {}
+        self._from_zero = {one.service for one in specs if not any(pool.min_replicas for pool in one.pools)}
 
     def apply(self, target: Target) -> None:
         """Set the caps that differ. Raises `PartlyFailed`."""
@@ -190,8 +85,8 @@ class HAProxyActuator:
                 problems.append(str(error))
                 continue
             at = (pool.row, pool.column)
-            first = servers[0]
-            caps = [sum(one[name].cap for one in servers if name in one) for name in first]
+            first = {name: server for name, server in servers[0].items() if _counts(server, pool)}
+            caps = [sum(one[name].cap for one in servers if name in one) for name in first if not first[name].away]
             state.batch_cap[at] = max(caps) if caps and max(caps) > 0 else np.nan
             state.replicas_ready[at] = sum(server.ready for server in first.values())
             state.replicas_draining[at] = sum(
@@ -211,68 +106,64 @@ class HAProxyActuator:
             except HAProxyError as error:
                 lines.append(Access(f"HAProxy {process.address}", False, str(error)))
                 continue
-            for pool in self._pools:
-                backend = self._backends[pool]
-                try:
-                    servers = process.servers(backend)
-                    caps = sorted({server.cap for server in servers.values()})
-                    ready = sum(server.ready for server in servers.values())
-                    detail = f"{len(servers)} servers, {ready} ready, maxconn {', '.join(map(str, caps)) or 'none'}"
-                    lines.append(Access(f"backend {backend}", True, detail))
-                except HAProxyError as error:
-                    lines.append(Access(f"backend {backend}", False, str(error)))
+            lines += [self._check_backend(process, pool) for pool in self._pools]
         return lines
 
     def close(self) -> None:
         """Nothing stays open between commands."""
 
-    def follow(self, members: Mapping[str, Mapping[str, str]]) -> None:
-        """Make the servers of each backend those of `members`: by pool label, name to ``address:port``.
+    def routes(self, service: str) -> bool:
+        """Whether the backends of a service follow its replicas."""
+        return EVERY in self.config.route or service in self.config.route
 
-        New ones are added with the pool's cap. Others are drained, and deleted when they have no request left.
+    def follow(self, pool: PoolName, members: Mapping[str, str], leaving: Collection[str]) -> None:
+        """Route to the members, name to ``address:port``, but to those that are leaving send nothing new.
 
         Raises:
-            PartlyFailed: naming the services for which it could not be done.
+            HAProxyError: when a process does not answer or refuses.
         """
-        failures: dict[str, str] = {}
-        for pool in self._pools:
-            if pool.label not in members:
-                continue
-            try:
-                for process in self._processes:
-                    self._follow(process, pool, members[pool.label])
-            except HAProxyError as error:
-                failures[pool.service] = str(error)
-        if failures:
-            raise PartlyFailed(failures)
+        if self.routes(pool.service):
+            for process in self._processes:
+                self._follow(process, pool, members, leaving)
 
-    def drain(self, pool: PoolName, servers: Sequence[str]) -> dict[str, int]:
-        """Send no new requests to the servers; requests that each still has, over all processes.
+    def drain(self, pool: PoolName, members: Mapping[str, str]) -> dict[str, int]:
+        """Send no new requests to these; requests that each still has, over all processes.
 
-        Servers that are not there have none left.
+        Those that are not there, or not ours, have none left.
 
         Raises:
             HAProxyError: when a process does not answer.
         """
-        left = dict.fromkeys(servers, 0)
+        left = dict.fromkeys(members, 0)
+        if not self.routes(pool.service):
+            return left
         backend = self._backends[pool]
         for process in self._processes:
-            known = process.servers(backend)
-            for name in servers:
-                if name in known:
-                    if not known[name].draining:
-                        process.tell(f"set server {backend}/{name} state drain")
-                    left[name] += known[name].sessions
+            known = process.servers(backend).values()
+            slots = {one.address: one for one in known if _is_slot(one, pool) and not one.away}
+            for name, address in members.items():
+                slot = slots.get(address)
+                if slot is not None:
+                    if not slot.draining:
+                        process.tell(f"set server {backend}/{slot.name} state drain")
+                    left[name] += slot.sessions
         return left
 
-    def undrain(self, pool: PoolName, servers: Sequence[str]) -> None:
-        """Send requests to the servers again. Raises `HAProxyError`."""
+    def _check_backend(self, process: RuntimeApi, pool: PoolName) -> Access:
         backend = self._backends[pool]
-        for process in self._processes:
-            known = process.servers(backend)
-            for name in servers:
-                if name in known and known[name].draining:
-                    process.tell(f"set server {backend}/{name} state ready")
+        try:
+            servers = process.servers(backend)
+        except HAProxyError as error:
+            return Access(f"backend {backend}", False, str(error))
+        caps = sorted({server.cap for server in servers.values()})
+        ready, routed = sum(server.ready for server in servers.values()), self.routes(pool.service)
+        detail = f"{len(servers)} servers, {ready} ready, maxconn {', '.join(map(str, caps)) or 'none'}"
+        detail += ", follows the replicas" if routed else ""
+        if not routed and not servers:
+            detail += f"; list its servers in HAProxy's configuration, or add {pool.service} to `route`"
+        elif pool.service in self._from_zero:
+            detail += "; at zero replicas HAProxy answers 503 at once: set min_replicas to 1"
+        return Access(f"backend {backend}", (routed or bool(servers)) and pool.service not in self._from_zero, detail)
 
     def _share(self, cap: int) -> int:
         """One process's part of the cap, at least 1: they do not know of each other."""
@@ -283,37 +174,69 @@ class HAProxyActuator:
         backend, share = self._backends[pool], self._share(cap)
         for process in self._processes:
             for name, server in process.servers(backend).items():
-                if server.cap != share:
+                if server.cap != share and _counts(server, pool):  # slots in maintenance too
                     process.tell(f"set maxconn server {backend}/{name} {share}")
 
-    def _follow(self, process: RuntimeApi, pool: PoolName, members: Mapping[str, str]) -> None:
+    def _follow(
+        self, process: RuntimeApi, pool: PoolName, members: Mapping[str, str], leaving: Collection[str]
+    ) -> None:
         backend = self._backends[pool]
         known = process.servers(backend)
-        cap = (
-            self._share(self._caps[pool]) if pool in self._caps else max((one.cap for one in known.values()), default=0)
-        )
+        # The first server of an address serves it, somebody else's before ours.
+        serving: dict[str, Server] = {}
+        for server in sorted(known.values(), key=lambda one: (_is_slot(one, pool), one.away, one.name)):
+            serving.setdefault(server.address, server)
+        routed = {serving[address].name for address in members.values() if address in serving}
+        gone = [server for server in known.values() if _is_slot(server, pool) and server.name not in routed]
+        for server in gone:
+            if not server.away:
+                process.tell(f"set server {backend}/{server.name} state maint")
+        free = sorted(server.name for server in gone if server.away and not server.sessions)
+        names = (_slot_name(pool, number) for number in range(1, len(known) + len(members) + 1))
+        unused = (name for name in names if name not in known)
         for name, address in members.items():
-            if name in known and known[name].address == address:
-                continue
-            if name in known:
-                self._delete(process, backend, known[name])
-            limit = f" maxconn {cap}" if cap else ""
-            options = f" {self.config.server_options}" if self.config.server_options else ""
-            process.tell(f"add server {backend}/{name} {address}{limit}{options}", ("New server registered",))
-            process.tell(f"enable server {backend}/{name}")
-            if "check" in self.config.server_options.split():
-                process.tell(f"enable health {backend}/{name}")
-        for name, server in known.items():
-            if name not in members:
-                self._delete(process, backend, server)
+            if address not in serving:
+                if free:
+                    self._move(process, f"{backend}/{free.pop(0)}", address)
+                else:
+                    self._add(process, f"{backend}/{next(unused)}", address, self._cap(pool, known))
+            elif _is_slot(serving[address], pool) and name not in leaving:
+                slot = serving[address]
+                if slot.away or slot.draining:
+                    process.tell(f"set server {backend}/{slot.name} state ready")
 
-    def _delete(self, process: RuntimeApi, backend: str, server: Server) -> None:
-        """Drain first; delete once nothing is left. A server of the configuration file stays, in maintenance."""
-        if not server.draining:
-            process.tell(f"set server {backend}/{server.name} state drain")
-            if server.sessions:
-                return
-        if server.sessions:
-            return
-        process.tell(f"set server {backend}/{server.name} state maint")
-        process.ask(f"del server {backend}/{server.name}")
+    def _cap(self, pool: PoolName, known: Mapping[str, Server]) -> int:
+        """What a new server gets: the pool's cap, or before one was set that of its neighbours; 0 is none."""
+        if pool in self._caps:
+            return self._share(self._caps[pool])
+        return max((one.cap for one in known.values() if _counts(one, pool) and not one.away), default=0)
+
+    def _add(self, process: RuntimeApi, slot: str, address: str, cap: int) -> None:
+        limit = f" maxconn {cap}" if cap else ""
+        options = f" {self.config.server_options}" if self.config.server_options else ""
+        process.tell(f"add server {slot} {address}{limit}{options}", ("New server registered",))
+        process.tell(f"enable server {slot}")
+        if "check" in self.config.server_options.split():
+            process.tell(f"enable health {slot}")
+
+    @staticmethod
+    def _move(process: RuntimeApi, slot: str, address: str) -> None:
+        """Give a slot in maintenance to another replica."""
+        host, _, port = address.rpartition(":")
+        process.tell(f"set server {slot} addr {host} port {port}", ("IP changed", "port changed", "no need to change"))
+        process.tell(f"set server {slot} state ready")
+
+
+def _slot_name(pool: PoolName, number: int) -> str:
+    return f"{OURS}{pool.pool}-{number}" if pool.pool else f"{OURS}{number}"
+
+
+def _is_slot(server: Server, pool: PoolName) -> bool:
+    """Whether a server is one of ours for this pool; pools may share a backend."""
+    number = server.name.rpartition("-")[2]
+    return number.isdigit() and server.name == _slot_name(pool, int(number))
+
+
+def _counts(server: Server, pool: PoolName) -> bool:
+    """Whether the pool's cap is meant for a server: its own slots, and servers of other people."""
+    return _is_slot(server, pool) or not server.name.startswith(OURS)

@@ -26,7 +26,7 @@ from policies.spec import ScalingSpec
 MAX_CONFLICTS = 4
 """Reads and writes of one count before giving up on a busy object."""
 STATE_AGE_S = 2.0
-"""`apply` goes by a state that is at most this old."""
+"""`apply` and `members` go by a state that is at most this old."""
 
 
 class KubernetesConfig(StrictModel):
@@ -72,12 +72,13 @@ class KubernetesActuator:
         self._replicas: dict[PoolName, list[Replica]] = {}
         self._preferred: dict[PoolName, tuple[str, ...]] = {}
         self._read_s = -np.inf
+        self._written = False  # whether counts were written since they were read
 
     def apply(self, target: Target) -> None:
         """Set the counts that differ. Raises `PartlyFailed`."""
-        if time.monotonic() - self._read_s > STATE_AGE_S:
+        if self._written or time.monotonic() - self._read_s > STATE_AGE_S:
             self.state()
-        self._read_s = -np.inf  # what is written now makes the reading old
+        self._written = True
         failures: dict[str, str] = {}
         for pool, replicas, _ in wanted(target, self._pools):
             seen = self._seen.get(pool)
@@ -117,7 +118,7 @@ class KubernetesActuator:
             state.replicas_starting[at] = max(0, scale.target - scale.ready)
             leaving = sum(replica.leaving for replica in found.replicas or ())
             state.replicas_draining[at] = max(leaving, scale.ready - scale.target)
-        self._read_s = time.monotonic()
+        self._read_s, self._written = time.monotonic(), False
         return replace(state, owners=tuple(owners), problems=tuple(dict.fromkeys(problems)), owners_unread=unread)
 
     def check(self) -> list[Access]:
@@ -148,10 +149,12 @@ class KubernetesActuator:
         self._api.close()
 
     def members(self) -> dict[str, dict[str, str]]:
-        """Ready replicas that are not leaving, by pool label: name to ``address:port``; as of the last `state`.
+        """Ready replicas that are not leaving, by pool label: name to ``address:port``; at most `STATE_AGE_S` old.
 
         A pool whose replicas could not be listed is left out, so that nobody takes it for empty.
         """
+        if time.monotonic() - self._read_s > STATE_AGE_S:
+            self.state()
         found = {
             pool: {
                 replica.name: f"{replica.address}:{self.config.replica_port}"

@@ -12,7 +12,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from autoscaler.actuators.build import ActuatorConfig
+from autoscaler.actuators.build import ActuatorConfig, CompositeConfig
+from autoscaler.actuators.haproxy import EVERY, HAProxyConfig
+from autoscaler.actuators.kubernetes import KubernetesConfig
 from autoscaler.authority.controls import Mode
 from autoscaler.authority.leases import LeaseSpec
 from autoscaler.authority.supervision import SupervisionSpec
@@ -49,10 +51,17 @@ class StageLimits(StrictModel):
     record_s: Positive = Field(default=5.0, description="The write before acting.")
     act_s: Positive = Field(default=20.0, description="Carrying targets out.")
     conclude_s: Positive = Field(default=5.0, description="The write after acting.")
+    route_s: Positive = Field(default=10.0, description="Routing requests to the replicas that there are.")
 
     def by_stage(self) -> dict[str, float]:
         """Limits by the names that the controller uses."""
-        return {"read": self.read_s, "record": self.record_s, "act": self.act_s, "conclude": self.conclude_s}
+        return {
+            "read": self.read_s,
+            "record": self.record_s,
+            "act": self.act_s,
+            "conclude": self.conclude_s,
+            "route": self.route_s,
+        }
 
 
 class LiveConfig(StrictModel):
@@ -105,6 +114,22 @@ class LiveConfig(StrictModel):
                     f"services: {spec.service!r} has another interface or other guardrails than {first.service!r}; "
                     "put it into a file of its own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _routed_services(self) -> LiveConfig:
+        composite = self.actuator if isinstance(self.actuator, CompositeConfig) else None
+        part = self.actuator if composite is None else composite.batch_cap
+        if not isinstance(part, HAProxyConfig) or not part.route:
+            return self
+        if composite is None or not isinstance(composite.replicas, KubernetesConfig):
+            raise ValueError(
+                f"actuator.{'batch_cap.' if composite else ''}route: only replicas in Kubernetes can be followed; use "
+                "kind composite with replicas of kind kubernetes, or leave route out"
+            )
+        unknown = sorted(set(part.route) - {EVERY} - {spec.service for spec in self.services})
+        if unknown:
+            raise ValueError(f"actuator.batch_cap.route: there is no service {unknown[0]!r}")
         return self
 
     @property

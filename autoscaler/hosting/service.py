@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from prometheus_client import CollectorRegistry, start_http_server
 
-from autoscaler.actuators.base import LiveActuator
+from autoscaler.actuators.base import LiveActuator, Router
 from autoscaler.actuators.build import build_actuator
 from autoscaler.actuators.state_watch import StateWatch
 from autoscaler.authority.controls import Controls
@@ -37,7 +37,7 @@ from autoscaler.versions.counterfactuals import Counterfactuals
 from autoscaler.versions.follower import is_learned
 from autoscaler.versions.ladder import FallbackLadder
 from autoscaler.versions.lifecycle import Lifecycle
-from policies.contract import Bools, Decision, Outcome, Reason
+from policies.contract import ActuationFailed, Bools, Decision, Outcome, Reason
 from policies.cost_meter import CostMeter
 from policies.decider import Decider
 from policies.fleet import Fleet
@@ -175,6 +175,7 @@ class LiveService:
         self.last: Decision | None = None
         self._ended_s: float | None = None  # stamp of the order to end that was there before this controller
         self.problem = ""
+        self.routing_problem = ""
         self._server: Any = None
         self._stopped = threading.Event()
 
@@ -233,12 +234,14 @@ class LiveService:
         elif ended_s != self._ended_s:
             self.stop()
             return None
-        if not self._bring_back().any():
-            self._tell("stands by")
-            return None
-        self.lifecycle.before_tick()
-        decision = self.controller.tick()
-        self._tell("acts")
+        decision = None
+        try:
+            if self._bring_back().any():
+                self.lifecycle.before_tick()
+                decision = self.controller.tick()
+        finally:
+            self._route()
+        self._tell("stands by" if decision is None else "acts")
         return decision
 
     def stop(self) -> None:
@@ -270,7 +273,7 @@ class LiveService:
                 for word in Reason(reasons).words():
                     held[word] = held.get(word, 0) + 1
         followers = [item for item in (self.lifecycle.champion, self.lifecycle.challenger) if item is not None]
-        problems = [self.problem, pulse.problem, *(item.problem for item in followers)]
+        problems = [self.problem, self.routing_problem, pulse.problem, *(item.problem for item in followers)]
         problems += list(getattr(self.source, "problems", ()))[:5]
         if self.targets is not None:
             problems.append(self.targets.problem)
@@ -303,6 +306,20 @@ class LiveService:
             supervisor.forget_applied(np.array([name in pending for name in self.services], bool) & new)
             supervisor.brought_back = leading
         return supervisor.leading()
+
+    def _route(self) -> None:
+        """Routing follows the replicas at every tick, in every mode: it scales nothing."""
+        actuator, leading = self.actuator, self.heartbeat.leading()
+        if not isinstance(actuator, Router) or not leading.any():
+            return
+        try:
+            self.stages.run("route", lambda: actuator.route(leading), ActuationFailed)
+            problem = ""
+        except ActuationFailed as error:
+            problem = f"routing: {error}"
+        if problem and problem != self.routing_problem:
+            LOG.warning(problem)
+        self.routing_problem = problem
 
     def _loads(self) -> Mapping[str, float]:
         """Running requests by replica name, where the source knows them."""

@@ -13,7 +13,7 @@ from autoscaler.hosting.config import LiveConfig
 from autoscaler.hosting.service import LiveService
 from envs.cluster.simulation import SimulatedCluster
 from envs.traffic.trace import Trace
-from policies.contract import LEAVE_ALONE, MetricsUnavailable, Snapshot, Target
+from policies.contract import LEAVE_ALONE, Bools, MetricsUnavailable, Snapshot, Target
 from policies.engine import ColdStart
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs
 
@@ -65,7 +65,8 @@ def burst(mean_rps: float = 4.0, peak_rps: float = 30.0, duration_s: float = 180
 class LiveWorld:
     """A simulated cluster as source, actuator and clock of live services; faults are switched on by name.
 
-    Faults: `blind` (no metrics), `refusing` (no target is carried out), `refused` (services whose targets are not).
+    Faults: `blind` (no metrics), `refusing` (no target is carried out), `refused` (services whose targets are not),
+    `unroutable` (the gateway does not answer).
     """
 
     def __init__(self, specs: Sequence[ScalingSpec], traces: Sequence[Trace]) -> None:
@@ -80,6 +81,8 @@ class LiveWorld:
         self.before_apply: Any = lambda: None
         self.after_apply: Any = lambda: None
         self.stopped = False
+        self.routed: list[list[bool]] = []
+        self.unroutable = False
         self.state_calls = 0
         self.watch: Any = None
 
@@ -109,6 +112,11 @@ class LiveWorld:
         return Snapshot(**{**values, **in_force, "time_s": seen.time_s + START_S})
 
     # Actuator
+
+    def route(self, rows: Bools) -> None:
+        self.routed.append(rows.tolist())
+        if self.unroutable:
+            raise PartlyFailed({"chat": "the gateway does not answer"})
 
     def state(self) -> FleetState:
         self.state_calls += 1

@@ -35,6 +35,15 @@ def haproxy(tmp_path: Path) -> Iterator[HAProxy]:
     server.stop()
 
 
+@pytest.fixture
+def haproxy_with_servers(tmp_path: Path) -> Iterator[HAProxy]:
+    """Backends chat and code, each with two servers of the configuration file at which nobody answers."""
+    servers = {service: [("r1", "127.0.0.1:9"), ("r2", "127.0.0.1:10")] for service in ("chat", "code")}
+    server = start(HAProxy, tmp_path / "haproxy", list(servers), servers)
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
     server = start(KubeApiServer, tmp_path_factory.mktemp("kube"))

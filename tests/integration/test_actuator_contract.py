@@ -110,16 +110,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
 
 
 @pytest.fixture
-def haproxy_with_servers(tmp_path: Path) -> Iterator[HAProxy]:
-    from servers import start
-
-    servers = {service: [("r1", "127.0.0.1:9"), ("r2", "127.0.0.1:10")] for service in SERVICES}
-    server = start(HAProxy, tmp_path / "haproxy", list(SERVICES), servers)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def actuator(world: World) -> Iterator[LiveActuator]:
     made = world.make(SPECS)
     yield made

@@ -86,7 +86,7 @@ def config(
         "pools": [{"engine": engine, "min_replicas": 1, "max_replicas": MOST}],
         **changes.pop("spec"),
     }
-    cap = {"kind": "haproxy", "sockets": [str(haproxy.socket)], "timeout_s": 5.0}
+    cap = {"kind": "haproxy", "sockets": [str(haproxy.socket)], "route": ["*"], "timeout_s": 5.0}
     data = {
         "name": fleet.service,
         "services": [service],

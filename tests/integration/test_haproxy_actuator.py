@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +15,14 @@ from servers import Engine, HAProxy, wait_until
 
 from autoscaler.actuators.base import pools_of
 from autoscaler.actuators.haproxy import HAProxyActuator, HAProxyConfig
+from autoscaler.actuators.haproxy_api import RuntimeApi, Server
 from autoscaler.metrics import presets
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 PROFILE = find_engine("llama-3.1-8b-h100", Path())
 SPEC = ScalingSpec(service="chat", slo=Slo(ttft_s=0.5, tpot_s=0.05), pools=(PoolSpec(engine=PROFILE, max_replicas=8),))
+(CHAT,) = pools_of([SPEC])
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,18 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Engine]]:
 
 @pytest.fixture
 def actuator(haproxy: HAProxy, engines: list[Engine]) -> HAProxyActuator:
-    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),)), [SPEC])
-    made.follow({"chat": {f"r{number}": engine.address for number, engine in enumerate(engines)}})
+    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),), route=("chat",)), [SPEC])
+    made.follow(CHAT, {f"r{number}": engine.address for number, engine in enumerate(engines)}, ())
     return made
+
+
+def servers(haproxy: HAProxy, backend: str = "chat") -> dict[str, Server]:
+    return RuntimeApi(str(haproxy.socket), 2.0).servers(backend)
+
+
+def routed(haproxy: HAProxy, backend: str = "chat") -> dict[str, str]:
+    """Addresses of the servers that get requests, by name."""
+    return {name: one.address for name, one in servers(haproxy, backend).items() if one.ready}
 
 
 def cap(actuator: HAProxyActuator, value: int) -> None:
@@ -80,19 +93,21 @@ def test_a_drained_replica_finishes_what_it_has_and_gets_nothing_new(
     actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]
 ) -> None:
     cap(actuator, 8)
-    pool_name = pools_of([SPEC])[0]
+    members = {f"r{number}": engine.address for number, engine in enumerate(engines)}
+    first = {"r0": members["r0"]}
     with ThreadPoolExecutor(8) as pool:
         before = load(pool, haproxy, 4, 300)
         wait_until(lambda: sessions(haproxy)[0] == 4, "requests are under way")
-        assert actuator.drain(pool_name, ["r0"])["r0"] > 0
+        assert actuator.drain(CHAT, first)["r0"] > 0
+        actuator.follow(CHAT, members, first)  # routing goes on meanwhile
         finished = served(engines[0])
         after = load(pool, haproxy, 4, 20)
         assert [answer.result() for answer in after] == [20] * 4
         assert [answer.result() for answer in before] == [300] * 4
-    assert actuator.drain(pool_name, ["r0"]) == {"r0": 0}
+    assert actuator.drain(CHAT, first) == {"r0": 0}
     assert served(engines[0]) - finished <= 4  # those that it had
     assert actuator.state().replicas_ready[0, 0] == 1
-    actuator.undrain(pool_name, ["r0"])
+    actuator.follow(CHAT, members, ())
     assert actuator.state().replicas_ready[0, 0] == 2
 
 
@@ -125,15 +140,98 @@ def test_requests_count_as_arrived_when_they_come_not_when_they_are_answered(
 
 
 def test_follows_replicas_that_come_and_go(actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]) -> None:
+    first, second = (engine.address for engine in engines)
+    assert routed(haproxy) == {"jevons-1": first, "jevons-2": second}
     cap(actuator, 5)
-    actuator.follow({"chat": {"r1": engines[1].address, "r2": engines[0].address}})
-    actuator.follow({"chat": {"r1": engines[1].address, "r2": engines[0].address}})
-    servers = actuator._processes[0].servers("chat")
-    assert {name: (one.address, one.cap, one.ready) for name, one in servers.items()} == {
-        "r1": (engines[1].address, 5, True),
-        "r2": (engines[0].address, 5, True),
-    }
+    for _ in range(2):
+        actuator.follow(CHAT, {"r1": second}, ())
+        assert routed(haproxy) == {"jevons-2": second}
+    cap(actuator, 7)
+    actuator.follow(CHAT, {"r1": second, "r2": first}, ())  # the address of one that went
+    assert routed(haproxy) == {"jevons-1": first, "jevons-2": second}
+    assert {one.cap for one in servers(haproxy).values()} == {7}
     assert stream(haproxy, 3) == 3
+
+
+def test_a_slot_goes_to_the_next_replica_and_none_is_ever_deleted(
+    actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]
+) -> None:
+    actuator.follow(CHAT, {"r1": engines[1].address}, ())
+    for port in (11, 12, 13):
+        actuator.follow(CHAT, {"r1": engines[1].address, f"r{port}": f"127.0.0.1:{port}"}, ())
+        assert routed(haproxy) == {"jevons-1": f"127.0.0.1:{port}", "jevons-2": engines[1].address}
+        actuator.follow(CHAT, {"r1": engines[1].address}, ())
+    assert set(servers(haproxy)) == {"jevons-1", "jevons-2"}
+
+
+def test_servers_of_others_and_services_that_are_not_named_are_left_alone(
+    haproxy_with_servers: HAProxy, engines: list[Engine]
+) -> None:
+    before = {backend: servers(haproxy_with_servers, backend) for backend in ("chat", "code")}
+    code = ScalingSpec(service="code", slo=SPEC.slo, pools=SPEC.pools)
+    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy_with_servers.socket),), route=("chat",)), [SPEC, code])
+    for pool in pools_of([SPEC, code]):
+        made.follow(pool, {"pod": engines[0].address, "known": "127.0.0.1:9"}, ())
+        assert made.drain(pool, {"known": "127.0.0.1:9"}) == {"known": 0}
+        made.follow(pool, {}, ())
+    after = {backend: servers(haproxy_with_servers, backend) for backend in ("chat", "code")}
+    assert after["code"] == before["code"]
+    assert {name: one for name, one in after["chat"].items() if name != "jevons-1"} == before["chat"]
+    assert after["chat"]["jevons-1"].away
+
+
+def test_pools_that_share_a_backend_keep_their_own_servers_and_caps(haproxy: HAProxy) -> None:
+    other = PoolSpec(engine=find_engine("llama-3.1-8b-l40s", Path()), max_replicas=8)
+    spec = ScalingSpec(service="chat", slo=SPEC.slo, pools=(*SPEC.pools, other))
+    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),), route=("*",)), [spec])
+    for number, pool in enumerate(pools_of([spec])):
+        made.follow(pool, {f"r{number}": f"127.0.0.1:{number + 11}"}, ())
+    made.apply(Target(np.array([[1, 1]]), np.array([[5, 9]])))
+    assert sorted((one.address, one.cap) for one in servers(haproxy).values()) == [
+        ("127.0.0.1:11", 5),
+        ("127.0.0.1:12", 9),
+    ]
+    assert made.state().batch_cap.tolist() == [[5, 9]]
+
+
+def test_a_replica_that_dies_and_comes_back_200_times_under_load_does_not_hurt_haproxy(
+    actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]
+) -> None:
+    """HAProxy 2.6 dies where a server is deleted while a request is still being tried on it."""
+    cap(actuator, 64)
+    stop = threading.Event()
+
+    def ask() -> int:
+        answers = 0
+        while not stop.is_set():
+            try:
+                answers += requests.get(haproxy.url("chat") + "/health", timeout=30).status_code == 200
+            except requests.ConnectionError:
+                time.sleep(0.01)
+        return answers
+
+    living = {"r1": engines[1].address}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask) for _ in range(8)]
+        for number in range(200):
+            actuator.follow(CHAT, living | {f"dead{number}": f"127.0.0.1:{number % 7 + 1}"}, ())
+            actuator.follow(CHAT, living, ())
+        stop.set()
+        assert all(answer.result() > 0 for answer in answers)
+    assert haproxy.process.poll() is None
+    assert routed(haproxy) == {"jevons-2": engines[1].address}
+
+
+def test_check_says_where_requests_would_find_no_replica(haproxy: HAProxy) -> None:
+    sleeping = ScalingSpec(
+        service="code", slo=SPEC.slo, pools=(PoolSpec(engine=PROFILE, min_replicas=0, max_replicas=8),)
+    )
+    config = HAProxyConfig(sockets=(str(haproxy.socket),), route=("code",))
+    lines = {line.subject: line for line in HAProxyActuator(config, [SPEC, sleeping]).check()}
+    assert not lines["backend chat"].ok
+    assert lines["backend chat"].detail.endswith("list its servers in HAProxy's configuration, or add chat to `route`")
+    assert not lines["backend code"].ok
+    assert lines["backend code"].detail.endswith("at zero replicas HAProxy answers 503 at once: set min_replicas to 1")
 
 
 def test_an_unreachable_haproxy_is_a_problem_not_a_zero(tmp_path: Path) -> None:

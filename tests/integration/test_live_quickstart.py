@@ -107,7 +107,7 @@ def one(found: dict[str, Any]) -> tuple[str, str]:
 
 @pytest.mark.parametrize("host", [pytest.param("", marks=pytest.mark.ray), "--no-ray"], ids=["on Ray", "without Ray"])
 def test_the_readmes_live_quickstart_does_what_it_says(
-    folder: Folder, kube: KubeApiServer, tmp_path: Path, host: str
+    folder: Folder, kube: KubeApiServer, haproxy: HAProxy, tmp_path: Path, host: str
 ) -> None:
     in_force = {"scaled", "unchanged"}
     controller: Process | None = None
@@ -120,6 +120,7 @@ def test_the_readmes_live_quickstart_does_what_it_says(
                 script = ["bash", "-c", f"cd {folder.path} && exec {shlex.join(words)} {host}"]
                 controller = Process(script, tmp_path / "run.log", folder.environment)
                 folder.wait(lambda found: one(found) == ("advise", "advised"), "it advises", START_S)
+                wait_until(lambda: haproxy.serves("chat"), "requests are routed while it advises")
                 continue
             answer = folder.do(command)
             assert answer.returncode == 0, f"{command}\n{answer.stdout}{answer.stderr}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Replicas:
     ready: float = 2
     preferred: tuple[str, ...] = ()
     fails: bool = False
+    lags: bool = False
+    """Whether replicas stay ready for a while after the count has fallen."""
 
     def apply(self, target: Target) -> None:
         if target.replicas[0, 0] in (LEAVE_ALONE, self.target):
@@ -40,7 +42,8 @@ class Replicas:
             raise ActuationFailed("the API server is down")
         self.log.append(f"replicas {target.replicas[0, 0]}")
         self.target = int(target.replicas[0, 0])
-        self.ready = min(self.ready, self.target)
+        if not self.lags:
+            self.ready = min(self.ready, self.target)
 
     def state(self) -> FleetState:
         return replace(FleetState.unknown(POOLS), replicas_target=one(self.target), replicas_ready=one(self.ready))
@@ -69,6 +72,7 @@ class Caps:
     cap: float = 16
     sessions: dict[str, int] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
+    routed: set[str] = field(default_factory=set)
     fails: bool = False
 
     def apply(self, target: Target) -> None:
@@ -88,17 +92,18 @@ class Caps:
     def close(self) -> None:
         pass
 
-    def follow(self, members: Mapping[str, Mapping[str, str]]) -> None:
-        pass
+    def follow(self, pool: PoolName, members: Mapping[str, str], leaving: Collection[str]) -> None:
+        if self.fails:
+            raise RuntimeError("HAProxy is down")
+        back = sorted(self.draining & set(members) - set(leaving))
+        self.log += [f"undrain {server}" for server in back]
+        self.draining -= set(back)
+        self.routed = set(members) - self.draining
 
-    def drain(self, pool: PoolName, servers: Sequence[str]) -> dict[str, int]:
-        self.log += [f"drain {server}" for server in servers if server not in self.draining]
-        self.draining |= set(servers)
-        return {server: self.sessions.get(server, 0) for server in servers}
-
-    def undrain(self, pool: PoolName, servers: Sequence[str]) -> None:
-        self.log += [f"undrain {server}" for server in servers]
-        self.draining -= set(servers)
+    def drain(self, pool: PoolName, members: Mapping[str, str]) -> dict[str, int]:
+        self.log += [f"drain {server}" for server in members if server not in self.draining]
+        self.draining |= set(members)
+        return {server: self.sessions.get(server, 0) for server in members}
 
 
 @dataclass
@@ -114,7 +119,11 @@ class World:
         """What happened in one tick."""
         self.log.clear()
         self.actuator.apply(Target(np.array([[replicas]]), np.array([[cap]])))
+        self.route()
         return list(self.log)
+
+    def route(self) -> None:
+        self.actuator.route(np.array([True]))
 
 
 def test_more_of_both_happens_at_once() -> None:
@@ -157,11 +166,62 @@ def test_a_replica_that_is_wanted_again_gets_requests_again() -> None:
     assert world.replicas.target == 2
 
 
+def test_a_replica_that_was_given_back_gets_no_request_until_it_is_gone() -> None:
+    world = World()
+    world.replicas.lags = True
+    assert world.apply(1, 16) == ["drain r1", "replicas 1"]
+    assert world.caps.routed == {"r0"}
+    assert world.apply(1, 16) == []  # the pod is ready still
+    assert world.caps.routed == {"r0"}
+    world.replicas.ready = 1
+    assert world.apply(1, 16) == []
+    world.replicas.ready = 2  # another one by that name
+    assert world.apply(2, 16) == ["replicas 2", "undrain r1"]
+    assert world.caps.routed == {"r0", "r1"}
+
+
+def test_each_scale_down_drains_its_own_victims_while_the_last_ones_are_there_still() -> None:
+    world = World()
+    world.replicas.target = world.replicas.ready = 3
+    world.replicas.lags = True
+    assert world.apply(2, 16) == ["drain r2", "replicas 2"]
+    assert world.apply(1, 16) == ["drain r1", "replicas 1"]
+    assert world.caps.routed == {"r0"}
+
+
+def test_routing_follows_without_any_target_and_only_where_it_is_told_to() -> None:
+    world = World()
+    world.replicas.ready = 3
+    world.actuator.route(np.array([False]))
+    assert world.caps.routed == set()
+    world.route()
+    assert world.caps.routed == {"r0", "r1", "r2"}
+
+
+def test_a_controller_that_may_no_longer_scale_does_not_keep_replicas_out_of_routing() -> None:
+    world = World()
+    world.caps.sessions = {"r1": 1}
+    world.apply(1, 16)
+    world.now_s = 60.0
+    world.route()
+    assert world.caps.routed == {"r0"}
+    world.now_s = 61.0
+    world.route()
+    assert world.caps.routed == {"r0", "r1"}
+
+
+def test_a_gateway_that_cannot_route_is_named() -> None:
+    world = World()
+    world.caps.fails = True
+    with pytest.raises(PartlyFailed, match="chat: HAProxy is down"):
+        world.route()
+
+
 def test_capacity_stays_when_the_cap_could_not_be_set() -> None:
     world = World()
     world.caps.fails = True
     with pytest.raises(PartlyFailed, match="HAProxy is down"):
-        world.apply(1, 32)
+        world.actuator.apply(Target(np.array([[1]]), np.array([[32]])))
     assert world.replicas.target == 2
 
 

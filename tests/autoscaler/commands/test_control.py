@@ -122,6 +122,12 @@ def test_bad_input_is_one_sentence(config: Path, words: tuple[str, ...], sentenc
     assert "Traceback" not in error
 
 
+def routed(replicas: str | None, service: str) -> dict[str, object]:
+    """An actuator whose gateway follows replicas of a kind."""
+    gateway = {"kind": "haproxy", "sockets": ["/run/haproxy.sock"], "route": [service]}
+    return gateway if replicas is None else {"kind": "composite", "replicas": {"kind": replicas}, "batch_cap": gateway}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -133,6 +139,9 @@ def test_bad_input_is_one_sentence(config: Path, words: tuple[str, ...], sentenc
         ({"records": {"url": "sqlite:///x", "keep_days": 0}}, "records.keep_days"),
         ({"policy": {"first_prices": {"nobody": 3}}}, "policy.first_prices: there is no service 'nobody'"),
         ({"policy": {"first_prices": {"chat": 0}}}, "policy.first_prices.chat"),
+        ({"actuator": routed(None, "chat")}, "actuator.route: only replicas in Kubernetes can be followed"),
+        ({"actuator": routed("ray_serve", "chat")}, "actuator.batch_cap.route: only replicas in Kubernetes"),
+        ({"actuator": routed("kubernetes", "chta")}, "actuator.batch_cap.route: there is no service 'chta'"),
     ],
 )
 def test_a_wrong_field_is_named(config: Path, change: dict[str, object], field: str) -> None:

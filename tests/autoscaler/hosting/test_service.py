@@ -265,6 +265,36 @@ def test_a_lower_maximum_needs_no_second_look_and_is_reached_step_by_step(tmp_pa
     service.close()
 
 
+# Routing
+
+
+def test_routing_follows_at_every_tick_whatever_the_mode(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path, mode="advise"))
+    world.run(service, 2)
+    Controls(service.database).set_mode(["chat"], Mode.PAUSED)
+    world.run(service, 2)
+    (tmp_path / "STOP").touch()
+    world.blind = True
+    world.run(service, 2)
+    assert world.routed == [[True]] * 6
+    assert world.targets == []
+    service.close()
+
+
+def test_a_gateway_that_does_not_answer_is_named_and_holds_nothing(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.unroutable = True
+    decisions = world.run(service, 2)
+    assert {outcome for outcome, _ in outcomes(decisions)} <= {"scaled", "unchanged"}
+    assert "routing: chat: the gateway does not answer" in service.status()["problems"]
+    world.unroutable = False
+    world.run(service, 1)
+    assert service.status()["problems"] == []
+    service.close()
+
+
 # Restarts
 
 
@@ -372,7 +402,9 @@ def test_two_controllers_at_once_one_acts_and_the_other_takes_over(tmp_path: Pat
     second.leases._watch._now = lambda: steady[0]  # type: ignore[attr-defined]
     second.heartbeat.beat()
     world.run(first, 3)
+    routed = len(world.routed)
     assert second.step() is None
+    assert len(world.routed) == routed == 3  # only the leader routes
     first.heartbeat._stop.set()  # it hangs: no more beats
     steady[0] += 46.0
     second.heartbeat.beat()
