@@ -25,6 +25,10 @@ class Stages:
     def __init__(self, limits_s: Mapping[str, float] | None = None) -> None:
         self.limits_s = dict(limits_s or {})
         self.seconds: dict[str, float] = {}
+        self.errors: dict[str, str] = {}
+        """What went wrong the last time, in words, by stage; a stage that went well is not in it."""
+        self.failures: dict[str, int] = {}
+        """How often each stage has failed."""
         self._running: dict[str, threading.Thread] = {}
 
     def run(self, stage: str, call: Callable[[], Result], overdue: type[Exception]) -> Result:
@@ -37,7 +41,13 @@ class Stages:
         began_s = time.perf_counter()
         try:
             limit_s = self.limits_s.get(stage)
-            return call() if limit_s is None else self._bounded(stage, call, limit_s, overdue)
+            answer = call() if limit_s is None else self._bounded(stage, call, limit_s, overdue)
+            self.errors.pop(stage, None)
+            return answer
+        except Exception as error:
+            self.errors[stage] = str(error) or type(error).__name__
+            self.failures[stage] = self.failures.get(stage, 0) + 1
+            raise
         finally:
             self.seconds[stage] = time.perf_counter() - began_s
 

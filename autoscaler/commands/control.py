@@ -60,13 +60,13 @@ def run(
 
 def _run_here(configs: list[LiveConfig]) -> None:
     """All shards as threads of this process, until Ctrl-C, SIGTERM or `jevons down`."""
-    import logging
     import signal
     import threading
 
+    from autoscaler.hosting.decision_log import configure_logging
     from autoscaler.hosting.service import LiveService
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure_logging(configs[0].log)
     services = [LiveService(config, shard) for config in configs for shard in range(config.shards)]
     threads = [threading.Thread(target=service.run, name=service.name, daemon=True) for service in services]
 

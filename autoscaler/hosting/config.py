@@ -18,6 +18,7 @@ from autoscaler.actuators.kubernetes import KubernetesConfig
 from autoscaler.authority.controls import Mode
 from autoscaler.authority.leases import LeaseSpec
 from autoscaler.authority.supervision import SupervisionSpec
+from autoscaler.hosting.decision_log import LogFormat
 from autoscaler.hosting.exposition import ExpositionConfig
 from autoscaler.metrics.client import PrometheusConfig
 from autoscaler.records.database import RecordsConfig, database_file, expand_secrets
@@ -90,6 +91,7 @@ class LiveConfig(StrictModel):
     )
     records: RecordsConfig = Field(default=RecordsConfig(), description="Where decisions are kept.")
     lease: LeaseSpec = Field(default=LeaseSpec(), description="How controllers agree on who acts.")
+    log: LogFormat = Field(default="text", description="How the controller's log is written: text, or json by line.")
     exposition: ExpositionConfig = Field(default=ExpositionConfig(), description="The controller's own metrics.")
     targets_file: Path | None = Field(
         default=None, description="JSON file with the latest targets, for `autoscaler.hosting.serve_policy.policy`."

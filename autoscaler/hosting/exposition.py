@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Exposition:
         overhead_rate: (n,) share of the GPU bill.
         meter: the bill.
         version: policy version in use.
+        failures: how often each stage of a tick has failed.
         registry: where to register.
     """
 
@@ -66,6 +67,7 @@ class Exposition:
         overhead_rate: Floats,
         meter: CostMeter,
         version: Callable[[], str],
+        failures: Callable[[], Mapping[str, int]],
         registry: CollectorRegistry,
     ) -> None:
         self._services = tuple(services)
@@ -73,6 +75,7 @@ class Exposition:
         self._fleet = fleet
         self._overhead_rate = overhead_rate
         self._version = version
+        self._failures = failures
         self._lock = threading.Lock()
         self._decision: Decision | None = None
         n = len(fleet)
@@ -178,6 +181,10 @@ class Exposition:
             for row in np.flatnonzero(counts).tolist():
                 held.add_metric([self._services[row], reason.words()[0]], float(counts[row]))
         yield held
+        failed = CounterMetricFamily("jevons_stage_errors", "Stages of a tick that failed.", labels=["stage"])
+        for stage, count in self._failures().items():
+            failed.add_metric([stage], float(count))
+        yield failed
         latency = HistogramMetricFamily(
             "jevons_stage_seconds", "Time that each stage of a tick took.", labels=["stage"]
         )

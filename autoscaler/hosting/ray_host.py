@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autoscaler.hosting.config import LiveConfig, RayConfig
+from autoscaler.hosting.decision_log import configure_logging
 from autoscaler.hosting.service import LiveService
 
 LOG = logging.getLogger("jevons")
@@ -37,8 +38,9 @@ class ControllerActor:
     """
 
     def __init__(self, config: str, shard: int) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        self._service = LiveService(LiveConfig.model_validate_json(config), shard)
+        loaded = LiveConfig.model_validate_json(config)
+        configure_logging(loaded.log)
+        self._service = LiveService(loaded, shard)
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="jevons-loop", daemon=True).start()
 
@@ -170,8 +172,8 @@ def main(arguments: Sequence[str]) -> None:
     """The driver: `python -m autoscaler.hosting.ray_host CONFIG...`."""
     from autoscaler.hosting.config import load_live_config
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     configs = [load_live_config(Path(path)).located(Path.cwd()) for path in arguments]
+    configure_logging(configs[0].log)
     drive(configs, detach=False, say=LOG.info)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from autoscaler.authority.supervision import LiveSupervisor
 from autoscaler.clocks import SteadyWallClock
 from autoscaler.controller import Clock, Controller, MetricsSource, RecordsUnavailable, following_tick_s
 from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.decision_log import DecisionLog
 from autoscaler.hosting.exposition import Exposition
 from autoscaler.hosting.presence import Presence
 from autoscaler.hosting.targets_file import TargetsFile
@@ -47,6 +49,8 @@ from policies.objective import Objective
 LOG = logging.getLogger("jevons")
 MAX_FAULTS = 10
 """Ticks in a row that may end in an error of the program before the loop gives up."""
+MAX_PROBLEMS = 5
+"""Of the metrics, in `status` and in the log."""
 
 
 class ServiceClock(Clock, Protocol):
@@ -113,6 +117,8 @@ class LiveService:
         self.heartbeat = Heartbeat(
             self.services, self.leases, Controls(self.database), config.mode, config.kill_file, config.lease.duration_s
         )
+        self.stages = Stages(config.limits.by_stage())
+        self.log = DecisionLog(self.services, pools)
         self.registry = CollectorRegistry()
         self.actuator = actuator or build_actuator(config.actuator, specs, self._loads, self.registry)
         self._state = StateWatch(self.actuator, specs)
@@ -135,6 +141,7 @@ class LiveService:
             overhead_rate,
             CostMeter(Objective.of(specs, fleet), overhead_rate),
             lambda: self.lifecycle.version,
+            lambda: self.stages.failures,
             self.registry,
         )
         self.memory = Memory(
@@ -147,7 +154,6 @@ class LiveService:
             },
             [",".join(names) for names in pools],
         )
-        self.stages = Stages(config.limits.by_stage())
         self.records = Records(
             self.database,
             self.name,
@@ -175,7 +181,6 @@ class LiveService:
         self.last: Decision | None = None
         self._ended_s: float | None = None  # stamp of the order to end that was there before this controller
         self.problem = ""
-        self.routing_problem = ""
         self._server: Any = None
         self._stopped = threading.Event()
 
@@ -241,6 +246,7 @@ class LiveService:
                 decision = self.controller.tick()
         finally:
             self._route()
+        self.log.troubled(self.problems())
         self._tell("stands by" if decision is None else "acts")
         return decision
 
@@ -266,17 +272,12 @@ class LiveService:
 
     def status(self) -> dict[str, Any]:
         """What `jevons status` shows of this controller."""
-        decision, pulse = self.last, self.heartbeat.pulse
+        decision = self.last
         held: dict[str, int] = {}
         if decision is not None:
             for reasons in decision.reasons[decision.outcome == Outcome.HELD].tolist():
                 for word in Reason(reasons).words():
                     held[word] = held.get(word, 0) + 1
-        followers = [item for item in (self.lifecycle.champion, self.lifecycle.challenger) if item is not None]
-        problems = [self.problem, self.routing_problem, pulse.problem, *(item.problem for item in followers)]
-        problems += list(getattr(self.source, "problems", ()))[:5]
-        if self.targets is not None:
-            problems.append(self.targets.problem)
         return {
             "services": len(self.services),
             "leads": int(self.supervisor.leading().sum()),
@@ -284,10 +285,21 @@ class LiveService:
             "held": held,
             "killed": next((reason for reason in self.heartbeat.killed() if reason), ""),
             "events": self.lifecycle.events[-5:],
-            "problems": [problem for problem in problems if problem],
+            "problems": self.problems(),
             "stages": self.stages.spent(),
             "metrics_port": self.metrics_port,
         }
+
+    def problems(self) -> list[str]:
+        """What is wrong now, in words."""
+        followers = [item for item in (self.lifecycle.champion, self.lifecycle.challenger) if item is not None]
+        found = [self.problem, self.heartbeat.pulse.problem, *(item.problem for item in followers)]
+        found += [f"{stage}: {error}" for stage, error in self.stages.errors.items()]
+        if "read" not in self.stages.errors:  # what the last reading that went well said is old by now
+            found += list(getattr(self.source, "problems", ()))[:MAX_PROBLEMS]
+        if self.targets is not None:
+            found.append(self.targets.problem)
+        return [problem for problem in found if problem]
 
     def _bring_back(self) -> Bools:
         """The services to act on: a lease is held, and what its last holder remembered is here."""
@@ -312,14 +324,8 @@ class LiveService:
         actuator, leading = self.actuator, self.heartbeat.leading()
         if not isinstance(actuator, Router) or not leading.any():
             return
-        try:
+        with suppress(ActuationFailed):  # named among the problems, and tried again at the next tick
             self.stages.run("route", lambda: actuator.route(leading), ActuationFailed)
-            problem = ""
-        except ActuationFailed as error:
-            problem = f"routing: {error}"
-        if problem and problem != self.routing_problem:
-            LOG.warning(problem)
-        self.routing_problem = problem
 
     def _loads(self) -> Mapping[str, float]:
         """Running requests by replica name, where the source knows them."""
@@ -327,6 +333,7 @@ class LiveService:
 
     def _finish(self, decision: Decision, seconds: dict[str, float]) -> None:
         self.last = decision
+        self.log.decided(decision)
         self.exposition.publish(decision, seconds, self.clock.now_s)
         self.lifecycle.after_tick(decision)
         if self.targets is not None:

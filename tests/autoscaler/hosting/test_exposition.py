@@ -30,6 +30,7 @@ def test_families_are_those_that_the_guide_names(tmp_path: Path) -> None:
         "jevons_policy_info",
         "jevons_cost_usd",
         "jevons_tokens",
+        "jevons_stage_errors",
         "jevons_decisions",
         "jevons_held_decisions",
         "jevons_stage_seconds",

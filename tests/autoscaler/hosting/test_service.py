@@ -288,7 +288,7 @@ def test_a_gateway_that_does_not_answer_is_named_and_holds_nothing(tmp_path: Pat
     world.unroutable = True
     decisions = world.run(service, 2)
     assert {outcome for outcome, _ in outcomes(decisions)} <= {"scaled", "unchanged"}
-    assert "routing: chat: the gateway does not answer" in service.status()["problems"]
+    assert "route: chat: the gateway does not answer" in service.status()["problems"]
     world.unroutable = False
     world.run(service, 1)
     assert service.status()["problems"] == []

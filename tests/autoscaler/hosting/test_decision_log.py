@@ -1,0 +1,82 @@
+"""A line for what changes, none for what stays."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from live_fakes import LiveWorld, burst, live_config, service_spec
+
+from autoscaler.hosting.decision_log import JsonLines
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "jevons")
+    return caplog
+
+
+def said(lines: pytest.LogCaptureFixture) -> list[str]:
+    """What was said since the last look."""
+    messages = [record.getMessage() for record in lines.records if record.name == "jevons"]
+    lines.clear()
+    return messages
+
+
+def test_a_hold_is_one_line_with_its_cause_and_one_when_it_ends(
+    tmp_path: Path, lines: pytest.LogCaptureFixture
+) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path, policy={"reference": "static:replicas=2"}))
+    world.run(service, 3)
+    said(lines)
+    world.blind = True
+    world.run(service, 3)
+    assert said(lines) == ["chat held; missing_metrics", "read: no answer"]
+    assert service.status()["problems"] == ["read: no answer"]
+    world.blind = False
+    world.run(service, 3)
+    first, *others = said(lines)
+    assert first.startswith("chat unchanged: ")
+    assert others == ["no longer: read: no answer"]
+    service.close()
+
+
+def test_every_target_that_differs_is_a_line(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    decisions = world.run(service, 12)
+    found = [int(decision.settled.replicas[0, 0]) for decision in decisions]
+    changes = [one for before, one in zip([2, *found], found, strict=False) if one != before]
+    scaled = [line for line in said(lines) if line.startswith("chat scaled: ")]
+    assert len(changes) >= 2
+    for replicas in changes:
+        assert any(f" {replicas} (cap " in line for line in scaled)
+    service.close()
+
+
+def test_json_lines_carry_the_fields_of_the_decision(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path, mode="advise", policy={"reference": "static:replicas=4"}))
+    world.run(service, 1)
+    (record,) = [record for record in lines.records if record.name == "jevons"]
+    found = json.loads(JsonLines().format(record))
+    assert {name: found[name] for name in ("level", "service", "outcome", "replicas")} == {
+        "level": "info",
+        "service": "chat",
+        "outcome": "advised",
+        "replicas": {"llama-3.1-8b-l40s": 4},
+    }
+    assert found["message"].startswith("chat advised: llama-3.1-8b-l40s 4 (cap ")
+    service.close()
+
+
+def test_failures_are_counted_by_stage(tmp_path: Path) -> None:
+    world = LiveWorld([service_spec()], [burst()])
+    service = world.service(live_config(tmp_path))
+    world.blind = True
+    world.run(service, 2)
+    assert service.registry.get_sample_value("jevons_stage_errors_total", {"stage": "read"}) == 2
+    service.close()
