@@ -119,6 +119,7 @@ def test_a_role_with_the_documented_rights_is_enough(chat: KubeApiServer) -> Non
         {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["get", "update"]},
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]},
         {"apiGroups": ["autoscaling"], "resources": ["horizontalpodautoscalers"], "verbs": ["list"]},
+        {"apiGroups": ["keda.sh"], "resources": ["scaledobjects"], "verbs": ["list"]},
     ]
     api.post(f"{root}/roles", {"metadata": {"name": "jevons"}, "rules": rules})
     subject = {"kind": "User", "name": "autoscaler", "apiGroup": "rbac.authorization.k8s.io"}
