@@ -19,8 +19,8 @@ from autoscaler.actuators.base import Access, FleetState, LiveActuator, PartlyFa
 from policies.contract import LEAVE_ALONE, ActuationFailed, Bools, Target
 from policies.spec import ScalingSpec
 
-EVERY = 10**6
-"""More replicas than any pool has."""
+ALL_REPLICAS = 10**6
+"""More than any pool has."""
 
 
 @runtime_checkable
@@ -182,7 +182,7 @@ class CompositeActuator:
             at = (pool.row, pool.column)
             if not down[at]:
                 continue
-            order = self.replicas.victims(pool, EVERY)
+            order = self.replicas.victims(pool, ALL_REPLICAS)
             # Some may be there still that an earlier scale-down has given back.
             count = max(int(state.replicas_target[at]), len(order)) - replicas
             # Those already drained stay chosen; the rest is filled up with the least loaded of the others.

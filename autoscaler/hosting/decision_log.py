@@ -89,15 +89,14 @@ class DecisionLog:
             return {pool: int(values[row, column]) for column, pool in enumerate(self._pools[row])}
 
         held = decision.outcome[row] == Outcome.HELD  # the target of a held row may mean nothing
-        target = {} if held else {"replicas": by_pool(decision.settled.replicas)}
-        caps = {} if held else {"batch_cap": by_pool(decision.settled.batch_cap)}
+        settled = decision.settled
+        target = {} if held else {"replicas": by_pool(settled.replicas), "batch_cap": by_pool(settled.batch_cap)}
         return {
             "service": self._services[row],
             "outcome": Outcome(int(decision.outcome[row])).name.lower(),
             "reasons": Reason(int(decision.reasons[row])).words(),
             "policy": decision.policy,
             **target,
-            **caps,
         }
 
 

@@ -195,10 +195,9 @@ class LiveService:
         if exposition.port is not None:
             port = exposition.port + self.shard if exposition.port else 0
             self._server, _ = start_http_server(port, exposition.host, self.registry)
-        for follower in (self.lifecycle.champion, self.lifecycle.challenger):
-            if follower is not None:
-                follower.look()
-                follower.start()
+        for follower in self.lifecycle.followers:
+            follower.look()
+            follower.start()
         self.lifecycle.before_tick()
         self.heartbeat.beat()
         self._ended_s = self.heartbeat.ended_s(self.config.name)
@@ -256,9 +255,8 @@ class LiveService:
 
     def close(self) -> None:
         """Hand the leases back and let go of everything."""
-        for follower in (self.lifecycle.champion, self.lifecycle.challenger):
-            if follower is not None:
-                follower.stop()
+        for follower in self.lifecycle.followers:
+            follower.stop()
         self.heartbeat.stop(release=True)
         self._tell("stopped")
         if self._server is not None:
@@ -292,8 +290,7 @@ class LiveService:
 
     def problems(self) -> list[str]:
         """What is wrong now, in words."""
-        followers = [item for item in (self.lifecycle.champion, self.lifecycle.challenger) if item is not None]
-        found = [self.problem, self.heartbeat.pulse.problem, *(item.problem for item in followers)]
+        found = [self.problem, self.heartbeat.pulse.problem, *(one.problem for one in self.lifecycle.followers)]
         found += [f"{stage}: {error}" for stage, error in self.stages.errors.items()]
         if "read" not in self.stages.errors:  # what the last reading that went well said is old by now
             found += list(getattr(self.source, "problems", ()))[:MAX_PROBLEMS]

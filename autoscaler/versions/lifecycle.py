@@ -78,6 +78,11 @@ class Lifecycle:
         return cls(champion, follower(config.challenger), ladder, counterfactuals, probation, fleet, overhead_rate)
 
     @property
+    def followers(self) -> list[PolicyFollower]:
+        """Those of champion and challenger that there are."""
+        return [follower for follower in (self.champion, self.challenger) if follower is not None]
+
+    @property
     def version(self) -> str:
         """What decides: its label and the start of its digest."""
         digest = self._ladder.version
