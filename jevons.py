@@ -34,8 +34,10 @@ def main() -> None:
             "PYTHONPATH\n"
         )
         sys.exit(2)
+    from policies.redaction import guard_streams
     from training.commands.main import app
 
+    guard_streams()
     app()
 
 

@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 
 from autoscaler.actuators.base import Access
-from autoscaler.metrics import presets
-from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError
-from autoscaler.metrics.queries import Query, build_queries, candidates_by_signal
+from autoscaler.metrics import presets, promql
+from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, PrometheusQueryError, label_values
+from autoscaler.metrics.prometheus import PrometheusSource
+from autoscaler.metrics.promql import Grouping, is_histogram_part, whole_name
+from autoscaler.metrics.queries import Query, candidates_by_signal, grouping_of, names_of
+from autoscaler.metrics.signals import UNSTORED, Answers, SignalReader
+from autoscaler.problem_texts import some_of
+from policies.contract import MetricsUnavailable
 from policies.engine import ConfigError
 from policies.spec import ScalingSpec
 
@@ -27,36 +32,63 @@ MIN_SAMPLES = 2
 
 
 def check_metrics(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Access]:
-    """Prove every query against the live server.
+    """Prove every query against the live server, with the code that reads it later.
 
     A signal that is not needed passes without a metric, with a remark; a query that the server refuses does not pass.
     """
-    client = PrometheusClient(config)
+    lines: list[Access] = []
     try:
-        client.log_in()
-        known = client.names()
-        lines = [Access(f"Prometheus {config.url}", True, f"{len(known)} metric names")]
-        queries = build_queries(config, specs)
-        answers: dict[str, list[dict[str, Any]]] = {}
-        for query in queries:
-            try:
-                answers[query.signal] = client.ask(query.text)
-            except PrometheusQueryError as error:
-                lines.append(Access(query.signal, False, f"{error}; the query was {query.text}"))
-                continue
-            lines.append(_signal(config, specs, query, answers[query.signal], known))
-        lines += _objectives(config, specs, queries, client)
+        signals = SignalReader(config, specs)
+    except ConfigError as error:
+        return [Access("metrics", False, str(error))]
+    try:
+        signals.client.log_in()
+        known = signals.client.names()
+        lines.append(Access(f"Prometheus {config.url}", True, f"{len(known)} metric names"))
+        answers, failed = signals.ask()
+        for query in signals.queries:
+            if query.signal in answers:
+                lines.append(_signal(config, specs, query, answers[query.signal], known, failed, signals.client))
+            else:
+                why = next(
+                    (text for text in failed if text.startswith(f"{query.signal}: ")), f"{query.signal}: no answer"
+                )
+                lines.append(Access(query.signal, False, f"{why.partition(': ')[2]}; the query was {query.text}"))
+        lines += _objectives(config, specs, signals.queries, signals.client, failed)
+        lines += _targets(config, specs, signals, answers)
         lines += _freshness(config, specs, answers)
-        lines.append(_samples(config, specs, client))
-    except (PrometheusQueryError, ConfigError) as error:
+        lines.append(_samples(config, specs, signals.client))
+        lines += _reading(config, specs, lines)
+    except (PrometheusQueryError, MetricsUnavailable, ConfigError) as error:
         return [Access(f"Prometheus {config.url}", False, str(error))]
     finally:
-        client.close()
+        signals.close()
     return lines
 
 
+def alias_of(signal: str, config: PrometheusConfig, known: set[str]) -> str:
+    """What a signal may be called on this server, empty when nothing is like it or what is counts something else.
+
+    A name that stands for another signal does, in the configuration or in a preset, and so does a counter that lacks
+    words of ours: it counts the whole. With `prompt_tokens_total` for the cached ones, every prompt would be cached.
+    """
+    candidates = candidates_by_signal(config)
+    names, _ = candidates[signal]
+    read = [(one, used) for one, (used, _) in candidates.items()]
+    for preset in (*presets.ENGINES.values(), *(gateway.names for gateway in presets.GATEWAYS.values())):
+        read += preset.items()
+    taken = {name.partition("{")[0] for one, used in read if one != signal for name in used}
+    ours = [_words(name.partition("{")[0]) for name in names]
+    said = {one: _words(one) for one in known if _kind(one) == "total"}
+    wholes = {one for one, words in said.items() if any(words < our for our in ours) and words not in ours}
+    return suggest(names, known - taken - wholes)
+
+
 def suggest(candidates: Sequence[str], known: set[str]) -> str:
-    """The name on the server that is most like one of the candidates, empty when none is."""
+    """The name on the server that is most like one of the candidates, empty when none is.
+
+    What it counts must be the same: a total is none of a histogram's buckets, sums or counts.
+    """
     plain = {re.sub(r"[^a-z0-9]", "_", name.lower()): name for name in sorted(known)}
     for candidate in candidates:
         wanted = re.sub(r"[^a-z0-9]", "_", candidate.partition("{")[0].lower())
@@ -64,14 +96,32 @@ def suggest(candidates: Sequence[str], known: set[str]) -> str:
         if ends:
             return ends[0]
     for candidate in candidates:
-        close = get_close_matches(candidate.partition("{")[0].lower(), list(plain), n=1, cutoff=0.75)
+        name = candidate.partition("{")[0].lower()
+        alike = [flat for flat in plain if _kind(flat) == _kind(name)]
+        close = get_close_matches(name, alike, n=1, cutoff=0.75)
         if close:
             return plain[close[0]]
     return ""
 
 
+def _words(name: str) -> set[str]:
+    """Without the prefix of whose it is."""
+    return set(re.split(r"[^a-z0-9]+", name.rpartition(":")[2].lower()))
+
+
+def _kind(name: str) -> str:
+    ending = name.rpartition("_")[2]
+    return ending if ending in ("total", "bucket", "sum", "count") else ""
+
+
 def _signal(
-    config: PrometheusConfig, specs: Sequence[ScalingSpec], query: Query, rows: list[dict[str, Any]], known: set[str]
+    config: PrometheusConfig,
+    specs: Sequence[ScalingSpec],
+    query: Query,
+    rows: list[dict[str, Any]],
+    known: set[str],
+    failed: Sequence[str],
+    client: PrometheusClient,
 ) -> Access:
     """One line for one query: which services have an answer, and what is wrong for the others."""
     signal = "running" if query.signal in ("seen", "sample_time") else query.signal
@@ -82,25 +132,58 @@ def _signal(
     # Arrivals at a gateway are as good a sign of load as tokens.
     optional = not presets.SIGNALS[signal].needed or (signal == "generation" and "arrival" in candidates)
     if not found:
-        alias = suggest(names, known)
+        found = [whole for name in names if is_histogram_part(name) and (whole := whole_name(name)) in known]
+        meaning += ", stored as a native histogram" if found else ""
+    if not found and any(said.startswith(f"{query.signal}: ") and UNSTORED in said for said in failed):
+        return Access(query.signal, False, f"{whole_name(names[0])} {UNSTORED}")
+    if not found:
+        alias = alias_of(signal, config, known)
         hint = f"; {alias} looks like it: set metrics: {{{signal}: [{alias}]}}" if alias else ""
-        detail = f"no metric named {names[0]}{hint}"
+        detail = f"no metric named {names[0]}{_asleep(signal, specs)}{hint}"
         return Access(query.signal, optional, f"{detail} ({'not needed' if optional else 'needed'}: {meaning})")
     labels = {row["metric"].get(query.label, "") for row in rows}
-    mapping = {"engine": config.names, "gateway": config.gateway_names, "replicas": config.replicas_names}[query.kind]
-    missing = [spec.service for spec in specs if mapping.get(spec.service, spec.service) not in labels]
+    wanted = {spec.service: label_values(names_of(config, query.kind), spec.service) for spec in specs}
+    missing = [service for service, values in wanted.items() if labels.isdisjoint(values)]
+    window_s = config.window_s or specs[0].interface.window.control_interval_s
+    if missing or signal == "arrival":
+        every = client.ask(promql.render_services(names, query.label, config.matchers, window_s))
+        labels |= {row["metric"].get(query.label, "") for row in every}
+    unused = sorted(labels - {value for values in wanted.values() for value in values} - {""})
+    shown = some_of(unused, NAMED)
     if not missing:
-        return Access(query.signal, True, f"{found[0]}: {meaning}, {len(specs)} of {len(specs)} services")
-    unused = sorted(labels - {mapping.get(spec.service, spec.service) for spec in specs} - {""})
-    seen = f"label {query.label} has {', '.join(unused[:NAMED])}" if unused else f"no series has label {query.label}"
-    if labels == {""} or not rows:
-        seen = f"its series have no label {query.label}" if rows else "it has no sample in the window"
-    shown = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-    return Access(query.signal, optional, f"{found[0]}: nothing for {shown}; {seen}")
+        # Adapters of a model have names of their own at a gateway.
+        rest = f"; not counted: {query.label} {shown}" if signal == "arrival" and unused else ""
+        return Access(query.signal, True, f"{found[0]}: {meaning}, {len(specs)} of {len(specs)} services{rest}")
+    seen = f"label {query.label} has {shown}" if unused else f"no series has label {query.label}"
+    misnamed = False
+    if labels == {""}:
+        seen, misnamed = f"its series have no label {query.label}", True
+    elif not labels:
+        seen = "it has no sample in the window"
+        if config.matchers and client.ask(promql.render_services(names, query.label, {}, window_s)):
+            wrong = some_of([f'{label}="{value}"' for label, value in config.matchers.items()], NAMED)
+            seen, misnamed = f"its series do not have {wrong}: see matchers", True
+    services = some_of(missing, NAMED)
+    rest = _asleep(signal, [spec for spec in specs if spec.service in missing])
+    # What the configuration asks for by name is there under other labels; of an engine's, others' may be all there are.
+    asked = query.kind != "engine" or signal in config.metrics
+    return Access(
+        query.signal, optional and not (asked and misnamed), f"{found[0]}: nothing for {services}; {seen}{rest}"
+    )
+
+
+def _asleep(signal: str, specs: Sequence[ScalingSpec]) -> str:
+    """What services without a queue that is counted have to know, if they may go to zero."""
+    asleep = signal == "queue" and any(pool.min_replicas == 0 for spec in specs for pool in spec.pools)
+    return "; at zero replicas only an arrival starts a service" if asleep else ""
 
 
 def _objectives(
-    config: PrometheusConfig, specs: Sequence[ScalingSpec], queries: Sequence[Query], client: PrometheusClient
+    config: PrometheusConfig,
+    specs: Sequence[ScalingSpec],
+    queries: Sequence[Query],
+    client: PrometheusClient,
+    failed: Sequence[str],
 ) -> list[Access]:
     """Whether the latency objectives are bucket edges: only there is attainment exact."""
     lines = []
@@ -109,34 +192,104 @@ def _objectives(
         if query is None:
             lines.append(Access(objective, False, "no engine or gateway in `metrics` has this histogram"))
             continue
-        names, _ = candidates_by_signal(config)[signal]
-        text = presets.render(signal, names, (), config.matchers, config.window_s or 60.0).replace(
-            "by (, le)", "by (le)"
-        )
-        edges = sorted(float(row["metric"]["le"]) for row in client.ask(text))
-        finite = [edge for edge in edges if np.isfinite(edge)]
+        names, kind = candidates_by_signal(config)[signal]
+        only = grouping_of(config, kind, signal, [spec.service for spec in specs]).only
+        # Where the services' label has another name, what anybody exposes still says which edges there are.
+        buckets = _all_buckets(config, client, signal, names, only) or _all_buckets(config, client, signal, names, "")
+        gone = next((said for said in failed if said.startswith(f"{signal}: ") and UNSTORED in said), "")
+        why = gone.partition(": ")[2] or f"{names[0]}: no buckets yet, send a request first"
         wanted: dict[float, list[str]] = {}
         for spec in specs:
             wanted.setdefault(getattr(spec.slo, objective), []).append(spec.service)
         for slo_s, services in sorted(wanted.items()):
             subject = f"{objective} {slo_s:g} of {', '.join(services[:NAMED])}"
-            if not finite:
-                lines.append(Access(subject, False, f"{names[0]}: no buckets yet, send a request first"))
-            elif any(np.isclose(edge, slo_s, rtol=1e-6) for edge in finite):
+            # A native histogram has edges where it has events; the bucket that the objective is in is what matters.
+            inside = [
+                edge
+                for lower, upper in buckets
+                if lower * (1 + 1e-6) < slo_s < upper * (1 - 1e-6)
+                for edge in (lower, upper)
+            ]
+            if not buckets:
+                lines.append(Access(subject, False, why))
+            elif not inside:
                 lines.append(Access(subject, True, "is a bucket edge"))
             else:
-                near = sorted(finite, key=lambda edge: abs(np.log(edge / slo_s)))[:2]
-                shown = " or ".join(f"{edge:g}" for edge in sorted(near))
+                shown = " or ".join(f"{edge:g}" for edge in sorted(set(inside)) if 0 < edge < np.inf)
                 lines.append(Access(subject, False, f"is no bucket edge, so attainment cannot be told; use {shown}"))
     return lines
+
+
+def _all_buckets(
+    config: PrometheusConfig, client: PrometheusClient, signal: str, names: Sequence[str], only: str
+) -> list[tuple[float, float]]:
+    """Lower and upper edge of every bucket, of all services together; of a native histogram those with events."""
+    window_s = config.window_s or 60.0
+    together = Grouping((), only=only)
+    rows = client.ask(promql.render(signal, names, together, config.matchers, window_s))
+    edges = sorted({edge for row in rows if (edge := float(row["metric"].get("le", "NaN"))) == edge})
+    classic = list(zip([0.0, *edges], edges, strict=False))
+    if not client.ask(promql.render_native_names(names, together, config.matchers, window_s)):
+        return classic
+    rows = client.ask(promql.render_native(signal, names, together, config.matchers, window_s))
+    native = [bucket for row in rows if "histogram" in row for bucket in row["histogram"][1].get("buckets", ())]
+    return classic + [(float(lower), float(upper)) for _, lower, upper, _ in native]
+
+
+def _targets(
+    config: PrometheusConfig, specs: Sequence[ScalingSpec], signals: SignalReader, answers: Answers
+) -> list[Access]:
+    """Whether targets can be told apart, and label values belong to services that there are."""
+    services = {spec.service for spec in specs}
+    lines = [
+        Access(field, False, f"there is no service {name!r}")
+        for field in ("names", "gateway_names", "replicas_names")
+        for name in sorted(set(getattr(config, field)) - services)
+    ]
+    rows = answers.get("seen", ())
+    named = {"pool_label": [config.pool_label] if config.pool_label else []}
+    # Of the labels that are there unless said otherwise, not every Prometheus gives each.
+    named["scraper_labels"] = sorted(
+        set(config.scraper_labels) - set(PrometheusConfig.model_fields["scraper_labels"].default)
+    )
+    lines += [
+        Access(field, False, f"none of the replicas' series has the label {label}")
+        for field, labels in named.items()
+        for label in labels
+        if rows and not any(row["metric"].get(label) for row in rows)
+    ]
+    targets, _ = signals.targets(answers)
+    found = [set(one) for one in targets.scrapers]
+    if any("" in names for names in found):
+        detail = f"its series have no label {config.replica_label}: set replica_label to one that names a replica"
+        return [*lines, Access("targets", False, detail)]
+    shown = f"{sum(map(len, found))} targets by the label {config.replica_label}"
+    return [*lines, Access("targets", True, shown)] if any(found) else lines
+
+
+def _reading(config: PrometheusConfig, specs: Sequence[ScalingSpec], lines: Sequence[Access]) -> list[Access]:
+    """What a reading of the whole finds: replicas that are scraped twice, values that cannot be."""
+    source = PrometheusSource(config, specs)
+    try:
+        source.read()
+    finally:
+        source.close()
+    said = ["is no bucket edge"]  # by the objectives
+    said += ["samples in the window"] * any(line.subject == "scrape interval" and not line.ok for line in lines)
+    told = [problem for problem in source.problems if not any(one in problem for one in said)]
+    found = [Access("reading", False, problem) for problem in told]
+    known = {line.detail.partition("; the query was ")[0] for line in lines if not line.ok}
+    return [line for line in found if line.detail.partition(": ")[2] not in known]
 
 
 def _freshness(
     config: PrometheusConfig, specs: Sequence[ScalingSpec], answers: Mapping[str, list[dict[str, Any]]]
 ) -> list[Access]:
     rows = answers.get("sample_time", [])
-    ages = {row["metric"].get(config.service_label, ""): row["value"][0] - float(row["value"][1]) for row in rows}
-    old = {name: age for name, age in ages.items() if age > config.max_age_s}
+    ages = {
+        row["metric"].get(config.service_label, ""): float(row["value"][0]) - float(row["value"][1]) for row in rows
+    }
+    old = {name: age for name, age in ages.items() if not age <= config.max_age_s}
     if not ages:
         return []
     worst = max(ages.values())
@@ -151,9 +304,10 @@ def _samples(config: PrometheusConfig, specs: Sequence[ScalingSpec], client: Pro
     nothing about how often it is scraped. Where all are that young nothing can be told yet.
     """
     window_s = config.window_s or specs[0].interface.window.control_interval_s
-    window = presets.duration(window_s)
-    names, _ = candidates_by_signal(config)["running"]
-    series = [presets.selector(name, config.matchers) for name in names]
+    window = promql.duration(window_s)
+    names, kind = candidates_by_signal(config)["running"]
+    only = grouping_of(config, kind, "running", [spec.service for spec in specs]).only
+    series = [promql.selector(name, config.matchers, only) for name in names]
     terms = []
     for one in series:
         old = f"({one} and {one} offset {window})"

@@ -8,6 +8,29 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
+
+
+class StoppableClock(Protocol):
+    """A clock whose waits can be ended."""
+
+    @property
+    def now_s(self) -> float:
+        """Seconds on this clock."""
+        ...
+
+    def wait_until(self, time_s: float) -> None:
+        """Return when the clock reads `time_s`, or `stop` is called."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        ...
+
+    def stop(self) -> None:
+        """End the present wait and every later one."""
+        ...
 
 
 class SteadyWallClock:

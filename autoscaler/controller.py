@@ -2,20 +2,20 @@
 
 The same class runs on a simulated cluster (evaluation) and on a real one; its ports differ, and in production a
 supervisor says which settled targets may be carried out. Errors from outside the process are caught here and nowhere
-else: they become held decisions with a reason.
+else: they become held decisions with a reason. Where stages have limits, so do errors of the program.
 This module must not know what is behind its ports.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from autoscaler.actuators.base import PartlyFailed
+from autoscaler.actuators.base import DrainsFirst, PartlyFailed
 from autoscaler.stages import Stages
 from policies.contract import (
     BOOT_BINS,
@@ -34,10 +34,15 @@ from policies.contract import (
     Target,
 )
 from policies.decider import Decider
+from policies.pool_arrays import any_pool
 
 
 class RecordsUnavailable(OSError):  # noqa: N818 - reads as the state that it reports
     """Raised by a recorder that could not keep a decision; what is not recorded is not carried out."""
+
+
+class PermissionUnknown(RuntimeError):  # noqa: N818 - reads as the state that it reports
+    """Raised when nobody could be asked in time who may act; what is not permitted is not carried out."""
 
 
 class MetricsSource(Protocol):
@@ -148,7 +153,7 @@ class Controller:
         recorder: keeps decisions.
         interval_s: seconds between ticks.
         supervisor: who may act; every service when left out.
-        stages: time limits of read, record and act; none when left out.
+        stages: time limits of what waits for something outside: read, record, permit, act; none when left out.
         services: names, for errors that name services.
     """
 
@@ -175,6 +180,8 @@ class Controller:
         self.supervisor = supervisor or Unsupervised()
         self.stages = stages or Stages()
         self._rows = {name: row for row, name in enumerate(services)}
+        self.failures: Mapping[str, str] = {}
+        """Why the last target of a service could not be carried out, by name, where it is known of that one."""
 
     def run(self, until_s: float) -> None:
         """Tick once per interval until the clock reads `until_s`. Ticks that a slow one has run over are left out."""
@@ -222,26 +229,53 @@ class Controller:
         return decision
 
     def _act(self, decision: Decision) -> Decision:
-        permitted = self.supervisor.permitted(decision)
+        permitted = self._permitted(decision)
         stopped = not_acted(permitted)
         if (stopped & ~not_acted(decision)).any():
             self.decider.retract(stopped)
         if stopped.all():
             return permitted
+        self.failures = {}
         try:
             target = without(permitted.settled, stopped)
             self.stages.run("act", lambda: self.actuator.apply(target), ActuationFailed)
         except PartlyFailed as error:
-            failed = np.zeros(len(stopped), bool)
+            self.failures, failed = error.failures, np.zeros(len(stopped), bool)
             failed[[self._rows[name] for name in error.failures if name in self._rows]] = True
-            return self._held(permitted, failed if failed.any() else ~stopped, Reason.ACTUATION_FAILED)
+            permitted = self._held(permitted, failed if failed.any() else ~stopped, Reason.ACTUATION_FAILED)
         except ActuationFailed:
-            return self._held(permitted, ~stopped, Reason.ACTUATION_FAILED)
-        return permitted
+            permitted = self._held(permitted, ~stopped, Reason.ACTUATION_FAILED)
+        return self._drained_first(permitted)
+
+    def _drained_first(self, decision: Decision) -> Decision:
+        """A count that waits for a drain is no change yet: what was in force before still is."""
+        if not isinstance(self.actuator, DrainsFirst):
+            return decision
+        waits = self.actuator.draining() & ~not_acted(decision)[:, np.newaxis]
+        if not waits.any():
+            return decision
+        self.decider.defer(waits)
+        before, settled, rows = self.decider.before(), decision.settled, any_pool(waits)
+        replicas = np.where(waits, before.replicas, settled.replicas)
+        moved = any_pool((replicas != before.replicas) | (settled.batch_cap != before.batch_cap))
+        return replace(
+            decision,
+            settled=replace(settled, replicas=replicas),
+            outcome=np.where(rows & ~moved, Outcome.UNCHANGED, decision.outcome),
+            reasons=np.where(rows, decision.reasons | int(Reason.DRAINING), decision.reasons),
+        )
+
+    def _permitted(self, decision: Decision) -> Decision:
+        try:
+            return self.stages.run("permit", lambda: self.supervisor.permitted(decision), PermissionUnknown)
+        except PermissionUnknown:
+            return self._held(decision, decision.outcome != Outcome.ADVISED, Reason.OVERDUE)
 
     def _held(self, decision: Decision, rows: Bools, reason: Reason) -> Decision:
         """The masked rows held for `reason`."""
-        if reason is Reason.NOT_RECORDED:  # a failed actuation may have been carried out in part: it is tried again
+        if reason is Reason.ACTUATION_FAILED:  # it may have been carried out in part: the next window tells
+            self.decider.doubt(rows)
+        else:
             self.decider.retract(rows)
         return replace(
             decision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,16 @@ PARTIAL = ".*.partial"
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file under a temporary name, then rename it.
 
+    The name cannot be guessed and the file is new: nobody who may write to the folder can have put a link there.
+
     Raises:
         OSError: when it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+    except OSError as error:
+        raise _refusal(path, error) from None
     try:
         write(partial)
         partial.replace(path)
@@ -25,8 +32,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):  # what kept it from being written may keep it from being deleted
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
+            raise _refusal(path, error) from None
         raise
+
+
+def _refusal(path: Path, error: OSError) -> OSError:
+    return OSError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -119,6 +119,8 @@ class Observation:
     demand: Floats  # (n, P) the larger of both over the short window
     demand_mean: Floats  # (n, P) its mean over about five minutes
     batch_limit: Floats  # (n, P) largest batch that meets the TPOT objective and fits the KV cache
+    offered_load: Floats  # (n,) replicas of the first pool that what arrives needs, mean over about five minutes
+    offered_load_error: Floats  # (n,) its relative standard error where requests come one by one; inf: unknown
 
 
 Struct = TypeVar("Struct")
@@ -160,7 +162,7 @@ class Policy(Protocol):
 class Reason(IntFlag):
     """Why a settled target differs from the proposed one, or is not carried out; a decision carries any number.
 
-    Up to POLICY_FAILED they come from the decision core, the others from the live controller.
+    Up to POLICY_FAILED, and STEADY_TRAFFIC, they come from the decision core, the others from the live controller.
     """
 
     NONE = 0
@@ -187,6 +189,8 @@ class Reason(IntFlag):
     NOT_RECORDED = 1048576
     OVERDUE = 2097152
     OWNER_UNKNOWN = 4194304
+    STEADY_TRAFFIC = 8388608
+    DRAINING = 16777216
 
     def words(self) -> list[str]:
         """The set codes in lower case, for records and tables."""

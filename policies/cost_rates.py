@@ -5,7 +5,7 @@ This module must not know what was billed, nor over which time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +14,28 @@ from policies.fleet import Fleet
 from policies.pool_arrays import nan_to_num, sum_pools
 
 
-def cost_rates(snapshot: Snapshot, fleet: Fleet, overhead_rate: Floats) -> tuple[Floats, Floats]:
+class Counts(Protocol):
+    """Replicas of a fleet, (n, P) each; NaN where unknown."""
+
+    @property
+    def replicas_starting(self) -> Floats:
+        """On their way."""
+        ...
+
+    @property
+    def replicas_ready(self) -> Floats:
+        """That serve."""
+        ...
+
+    @property
+    def replicas_draining(self) -> Floats:
+        """That finish their requests."""
+        ...
+
+
+def cost_rates(
+    snapshot: Snapshot, fleet: Fleet, overhead_rate: Floats, more: Floats | float = 0.0
+) -> tuple[Floats, Floats]:
     """Provisioned dollars per second and tokens served per second, (n, P) each; NaN where unknown.
 
     Every replica that starts, serves or drains is paid for. A service's tokens are shared out over its pools by their
@@ -24,18 +45,18 @@ def cost_rates(snapshot: Snapshot, fleet: Fleet, overhead_rate: Floats) -> tuple
         snapshot: the present fleet and load.
         fleet: prices.
         overhead_rate: (n,) network, storage and CPU as a share of the GPU bill.
+        more: (n, P) replicas that are paid for besides.
     """
-    usd_per_s = replicas_paid(snapshot) * fleet.usd_per_replica_s * (1.0 + overhead_rate)[:, np.newaxis]
+    usd_per_s = (replicas_paid(snapshot) + more) * fleet.usd_per_replica_s * (1.0 + overhead_rate)[:, np.newaxis]
     running, ready = nan_to_num(snapshot.running), nan_to_num(snapshot.replicas_ready)
     weight = np.where((sum_pools(running) > 0)[:, np.newaxis], running, ready)
     share = weight / np.maximum(sum_pools(weight), 1e-9)[:, np.newaxis]
     return usd_per_s, served_tps(snapshot)[:, np.newaxis] * share
 
 
-def replicas_paid(snapshot: Snapshot) -> Floats:
+def replicas_paid(seen: Counts) -> Floats:
     """(n, P) replicas that start, serve or drain; NaN where it is unknown how many serve."""
-    starting, draining = nan_to_num(snapshot.replicas_starting), nan_to_num(snapshot.replicas_draining)
-    paid: Floats = snapshot.replicas_ready + starting + draining
+    paid: Floats = seen.replicas_ready + nan_to_num(seen.replicas_starting) + nan_to_num(seen.replicas_draining)
     return paid
 
 

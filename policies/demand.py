@@ -26,17 +26,28 @@ DEFAULT_PROMPT_TOKENS = 1000.0
 DEFAULT_OUTPUT_TOKENS = 200.0
 MIN_REQUEST_SECONDS = 30.0
 """Request-seconds in the engines before the measured context counts."""
+MIN_REQUESTS = 20.0
+"""Finished requests before their lengths bound the measured context."""
+LONGEST = 8.0
+"""Context of a running request over the length of finished ones, at most: the longest run longest. In simulation it is
+at most 2; and its inverse, at least 0.6."""
 NEXT_TO_NOTHING = 1e-12
 """Weight of a default beside what was measured."""
 _DEFAULT_LENGTHS = NEXT_TO_NOTHING * np.array([[DEFAULT_PROMPT_TOKENS], [DEFAULT_OUTPUT_TOKENS]])
 
 
 class Demand(NamedTuple):
-    """Replicas needed, per pool as if it served everything. All (n, P), all at least 0 and finite."""
+    """Replicas needed, per pool as if it served everything. All (n, P), all at least 0 and finite.
+
+    `offered` is the offered load: arrivals times what one takes, or what is served where arrivals are unknown. Unlike
+    the two estimates of the demand it knows neither what waits nor how many are in service, so it hardly depends on the
+    fleet.
+    """
 
     tokens: Floats
     occupancy: Floats
     batch_limit: Floats
+    offered: Floats
 
 
 class RequestMix:
@@ -46,7 +57,9 @@ class RequestMix:
     prompt that is computed (the rest hits the prefix cache) compares computed with finished prompt tokens, not with
     arrived ones: a backlog, which has arrived and is not computed yet, must not look like cache hits. The context of a
     running request is KV tokens over running requests: batches are filled by requests in proportion to the time they
-    stay, so the mean over finished requests is far too low where a few long requests run among many short ones.
+    stay, so the mean over finished requests is far too low where a few long requests run among many short ones. It is
+    within `LONGEST` of that mean all the same: a gauge that counts too few requests, or cached blocks, must not close
+    the batches.
     """
 
     MEMORY_S = 600.0
@@ -73,8 +86,12 @@ class RequestMix:
     def context(self, otherwise: Floats) -> Floats:
         """(n,) mean context of a running request, tokens; `otherwise` (n,) until enough has been measured."""
         kv_tokens, running = self._sums[5:]
-        enough = running > MIN_REQUEST_SECONDS
-        return np.where(enough, np.maximum(kv_tokens / np.maximum(running, MIN_REQUEST_SECONDS), 1.0), otherwise)
+        prompt, output = self.lengths()
+        known = self._sums[0] >= MIN_REQUESTS
+        shortest = np.where(known, (prompt * self.uncached() + 0.5 * output) / LONGEST, 1.0)
+        longest = np.where(known, (prompt + output) * LONGEST, np.inf)
+        measured = clip(kv_tokens / np.maximum(running, MIN_REQUEST_SECONDS), np.maximum(shortest, 1.0), longest)
+        return np.where(running > MIN_REQUEST_SECONDS, measured, otherwise)
 
     def adopt(self, other: RequestMix, rows: Ints) -> None:
         """Take over the whole memory of `other` as the listed services (k,)."""
@@ -119,14 +136,17 @@ def estimate_demand(snapshot: Snapshot, fleet: Fleet, mix: RequestMix) -> Demand
     token_s = base_s / batch_limit + read_s
     waiting = nan_to_zero(snapshot.queue_requests) + sum_pools(nan_to_zero(snapshot.waiting))
     request_s = token_s * output + prefill_s * computed
-    by_tokens = token_s * generated_tps + prefill_s * computed_tps + request_s * (waiting * (1.0 / BACKLOG_DRAIN_S))
+    served = token_s * generated_tps + prefill_s * computed_tps
+    by_tokens = served + request_s * (waiting * (1.0 / BACKLOG_DRAIN_S))
     in_system = waiting + sum_pools(nan_to_zero(snapshot.running))
     by_occupancy = in_system / batch_limit + prefill_s * arrived_tps
+    offered = _first_known(snapshot.arrival_rps * request_s, served)
     exists = fleet.exists.T
     return Demand(
         tokens=(by_tokens * exists).T,
         occupancy=(by_occupancy * exists).T,
         batch_limit=batch_limit.T,
+        offered=(offered * exists).T,
     )
 
 

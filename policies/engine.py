@@ -11,8 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from policies.names import Name, Title
+from policies.redaction import SECRET_FIELD, redacted, redacted_url
+from policies.yaml_text import MAX_BYTES, YamlRefused, parse_yaml
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -72,11 +75,11 @@ class ColdStart(StrictModel):
 class EngineProfile(StrictModel):
     """Speed, memory, limits, cold start and default price of one replica of a model on a GPU type."""
 
-    name: str = Field(min_length=1, description="Unique name, as used in suites and specs.")
-    model: str = Field(description="Model served.")
-    gpu: str = Field(description="GPU type.")
-    backend: str = Field(description="Inference engine the step times were taken from.")
-    precision: str = Field(description="Weight precision.")
+    name: Name = Field(description="Unique name, as used in suites and specs.")
+    model: Title = Field(description="Model served.")
+    gpu: Title = Field(description="GPU type.")
+    backend: Title = Field(description="Inference engine the step times were taken from.")
+    precision: Title = Field(description="Weight precision.")
     gpus_per_replica: int = Field(ge=1, description="GPUs that one replica occupies (tensor parallel size).")
     gpus_per_node: int = Field(ge=1, description="GPUs of one node of this type.")
     step: StepModel = Field(description="Iteration time coefficients.")
@@ -92,16 +95,20 @@ def read_yaml(path: Path) -> object:
     """Read one YAML document.
 
     Raises:
-        ConfigError: when the file is missing or is not YAML.
+        ConfigError: when the file is missing, is not YAML, or is not within the bounds of `policies.yaml_text`.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        return parse_yaml(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except YamlRefused as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or no path
+        raise ConfigError(f"{path!s:.200}: cannot be read: {error!s:.200}") from None
 
 
 def load_model(path: Path, model: type[Model]) -> Model:
@@ -122,10 +129,17 @@ def parse_model(data: object, model: type[Model], where: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A name that nobody knows comes first: a slip of the pen also makes the right name a missing one.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"]) or "(whole file)"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ConfigError(f"{where}: field {field}: {first['msg']}, got {first['input']!r:.80}{more}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        # What was put where it does not belong may be a secret, such as a password instead of the name of its file.
+        given = first["input"]
+        given = redacted_url(given) if isinstance(given, str) else given
+        shown = isinstance(given, str | int | float) and not SECRET_FIELD.search(field)
+        got = f", got {redacted(repr(given)):.80}" if shown else ""
+        raise ConfigError(f"{where}: field {field}: {message}{got}{more}") from None
 
 
 def load_engine(path: Path) -> EngineProfile:

@@ -16,6 +16,10 @@ from policies.contract import Bools, Floats, Ints, Observation, Reason, Target
 from policies.fleet import Fleet
 from policies.pool_arrays import any_pool, clip, min_pools, nan_to_zero, sum_pools
 from policies.spec import GuardrailSpec
+from policies.steadiness import ScalingHistory, noise_band
+
+SMALL_STEP = 0.1
+"""Share of the fleet below which a scale-down is small: what it saves is little beside the change."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,12 +31,18 @@ class Situation:
     spec: GuardrailSpec
     current: Ints  # (n, P) the target in force
     current_cap: Ints  # (n, P)
-    quiet_s: Floats  # (n,) since the last change of the total target
+    history: ScalingHistory  # with this window and this proposal
 
     @property
     def limits(self) -> Limits:
         """The hard limits of all services."""
         return Limits(self.fleet.min_replicas, self.fleet.max_replicas, self.fleet.gpus, self.spec)
+
+    @property
+    def quiet_s(self) -> Floats:
+        """(n,) since the last change of the total target."""
+        quiet_s: Floats = self.observation.snapshot.time_s - self.history.changed_s
+        return quiet_s
 
 
 Rule = Callable[[Target, Situation], Target]
@@ -108,13 +118,14 @@ class Limits:
         """No further from what is in force than one tick may go."""
         spec = self.spec
         highest = np.maximum(np.floor(current * spec.max_scale_up_factor), current + spec.max_scale_up_step)
-        return clip(replicas, self._step_down(current), highest).astype(np.int64)
+        return clip(replicas, self.step_down(current), highest).astype(np.int64)
 
     def within_bounds(self, replicas: Ints, current: Ints) -> Ints:
         """Between minimum and maximum; a fleet above its maximum comes down to it one step per tick."""
-        return clip(replicas, self.low, np.maximum(self.high, self._step_down(current))).astype(np.int64)
+        return clip(replicas, self.low, np.maximum(self.high, self.step_down(current))).astype(np.int64)
 
-    def _step_down(self, current: Ints) -> Floats:
+    def step_down(self, current: Ints) -> Floats:
+        """(k, P) fewest replicas after one step."""
         lowest: Floats = current - np.maximum(np.ceil(current * self.spec.max_scale_down_share), 1.0)
         return lowest
 
@@ -134,18 +145,24 @@ class Limits:
 
 
 def hold_down_while_burning(target: Target, situation: Situation) -> Target:
-    """The last window missed its objectives more often than allowed, or nobody knows: no scale-down.
+    """The last window missed its objectives more often than allowed, or nobody knows: no scale-down."""
+    if not situation.spec.hold_down_while_burning:
+        return target
+    return _no_less(target, situation, burning(situation.observation, situation.fleet))
+
+
+def burning(observation: Observation, fleet: Fleet) -> Bools:
+    """(n,) services that missed their objectives more often than allowed in the last window, or nobody knows.
 
     Latencies are unknown in a window without a first token; that counts as burning only while requests wait, at the
     gateway or in the engines, or nobody knows whether they do.
     """
-    if not situation.spec.hold_down_while_burning:
-        return target
-    snapshot, fleet = situation.observation.snapshot, situation.fleet
+    snapshot = observation.snapshot
     attained = np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment)
     nobody_waits = snapshot.queue_requests + sum_pools(nan_to_zero(snapshot.waiting)) <= 0
     unknown = np.isnan(snapshot.ttft_attainment) & ~nobody_waits
-    return _no_less(target, situation, (attained < fleet.attainment_target) | unknown)
+    missed: Bools = (attained < fleet.attainment_target) | unknown
+    return missed
 
 
 def hold_down_while_starting(target: Target, situation: Situation) -> Target:
@@ -163,6 +180,34 @@ def limit_step(target: Target, situation: Situation) -> Target:
 def cool_down(target: Target, situation: Situation) -> Target:
     """No scale-down soon after the last change."""
     return _no_less(target, situation, ~(situation.quiet_s >= situation.spec.scale_down_cooldown_s))
+
+
+def stay_steady(target: Target, situation: Situation) -> Target:
+    """Traffic has not fallen since the last change: a scale-down must be wished for long enough to be worth a change.
+
+    It goes no lower than what was wished throughout the last windows. A small one, and one no larger than what was
+    taken back before, waits until it would have saved its price. That price rises with every reversal, so a fleet that
+    flaps soon stands still. What follows a fall of the offered load does not wait, nor does any scale-up.
+    """
+    spec, current, history = situation.spec, situation.current, situation.history
+    steady = ~(history.fallen(situation.observation) >= noise_band(situation.observation, spec))
+    wished = np.where(spec.scale_down_window_s > 0, np.minimum(history.highest_wish(), current), 0)
+    lowest = np.where(steady[:, np.newaxis], np.maximum(target.replicas, wished), target.replicas)
+    # The largest step that one tick may make is not small, however few replicas it takes.
+    largest = any_pool((lowest < current) & (lowest <= situation.limits.step_down(current)))
+    fall = sum_pools(np.maximum(current - lowest, 0))
+    small = ~largest & (fall < SMALL_STEP * sum_pools(current))
+    reversals = history.reversals_at(situation.observation.snapshot.time_s, spec)
+    price_s = spec.scale_down_worth_s * ((spec.reversal_factor**reversals - 1.0) * (fall <= history.span) + small)
+    return _no_less(Target(lowest, target.batch_cap), situation, steady & (history.forgone_s < price_s))
+
+
+def keep_cap(target: Target, situation: Situation) -> Target:
+    """A batch cap moves only where the change is more than the noise of its estimate, not at every tick."""
+    now = situation.current_cap
+    change = np.abs(np.minimum(target.batch_cap, situation.fleet.max_num_seqs) - now)  # of what the bounds will leave
+    kept = (change > 0) & (change < situation.spec.batch_cap_band * now)
+    return Target(target.replicas, np.where(kept, now, target.batch_cap)) if kept.any() else target
 
 
 def keep_gpu_budget(target: Target, situation: Situation) -> Target:
@@ -184,6 +229,8 @@ RULES: tuple[tuple[Reason, Rule], ...] = (
     (Reason.REPLICAS_STARTING, hold_down_while_starting),
     (Reason.COOLDOWN, cool_down),
     (Reason.STEP_LIMIT, limit_step),
+    (Reason.STEADY_TRAFFIC, stay_steady),
+    (Reason.STEADY_TRAFFIC, keep_cap),
     (Reason.MISSING_METRICS, hold_when_blind),
     (Reason.BOUNDS, keep_bounds),
     (Reason.GPU_BUDGET, keep_gpu_budget),  # shared out among what the pools may really have

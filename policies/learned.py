@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +23,17 @@ from pydantic import Field, ValidationError, model_validator
 from policies.action import ACTIONS, decode_action
 from policies.atomic_files import write_whole
 from policies.baselines.parameters import Parameter
+from policies.bounded_files import TooLarge, read_bounded
 from policies.contract import Bools, Features, Floats, Observation, Target
 from policies.durable import Durable
 from policies.engine import StrictModel
 from policies.fleet import Fleet
+from policies.json_text import read_json
 from policies.miss_price_dial import MISS_PRICES, MissPriceDial
 from policies.observation import FEATURES, encode_miss_price
+from policies.onnx_network import NetworkRefused, check_network
 from policies.spec import InterfaceSpec
+from policies.telemetry import turn_off
 
 FORMAT = 1
 MAX_BYTES = 64 * 1024 * 1024
@@ -93,52 +98,102 @@ def write_bundle(path: Path, manifest: Manifest, weights: bytes) -> str:
     return digest
 
 
-def load_bundle(path: Path) -> PolicyBundle:
+def load_bundle(path: Path, check: Callable[[bytes], None] | None = None) -> PolicyBundle:
     """Read and verify a bundle.
 
+    Args:
+        path: the file.
+        check: what its bytes must pass before they are parsed, such as a signature's; it raises `BundleMismatch`.
+
     Raises:
-        BundleMismatch: when the file is missing, not a bundle, truncated, altered, or of another format or encoding.
+        BundleMismatch: when the file is missing, not a bundle, truncated, altered, or of another format or encoding, or
+            when its network is none that Jevons runs.
+    """
+    content = read_bundle(path)
+    if check is not None:
+        check(content)
+    return parse_bundle(content, str(path))
+
+
+def read_bundle(path: Path) -> bytes:
+    """The bytes of a bundle, not verified.
+
+    Raises:
+        BundleMismatch: when the file is missing, larger than any bundle, or cannot be read.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BundleMismatch(f"{path}: larger than any policy bundle")
-        content = path.read_bytes()
+        return read_bounded(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise BundleMismatch(f"{path}: no such policy bundle") from None
+    except TooLarge:
+        raise BundleMismatch(f"{path}: larger than any policy bundle") from None
+    except (OSError, ValueError) as error:  # or no path
+        raise BundleMismatch(f"{path}: not a readable policy bundle: {error}") from None
+
+
+def parse_bundle(content: bytes, where: str) -> PolicyBundle:
+    """Verify a bundle's bytes; `where` names their source in errors.
+
+    Raises:
+        BundleMismatch: as for `load_bundle`.
+    """
+    try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             found = [member.filename for member in archive.infolist()]
             if sorted(found) != sorted(MEMBERS):
                 raise BundleMismatch(
-                    f"{path}: not a policy bundle: expected the members {' and '.join(MEMBERS)}, found "
+                    f"{where}: not a policy bundle: expected the members {' and '.join(MEMBERS)}, found "
                     f"{', '.join(map(repr, found[:5])) or 'none'}{' and more' if len(found) > 5 else ''}"
                 )
             # Without compression nothing can unpack to more than the file holds.
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise BundleMismatch(f"{path}: a member is compressed: not as Jevons writes a policy bundle")
+                raise BundleMismatch(f"{where}: a member is compressed: not as Jevons writes a policy bundle")
             text, weights = (archive.read(name) for name in MEMBERS)
-            data = json.loads(text)
-    except FileNotFoundError:
-        raise BundleMismatch(f"{path}: no such policy bundle") from None
+            data = read_json(text)
     except BundleMismatch:
         raise
     except Exception as error:  # a damaged archive also raises zlib.error, struct.error, RecursionError and more
-        raise BundleMismatch(f"{path}: not a readable policy bundle (truncated or altered?): {error}") from None
+        raise BundleMismatch(f"{where}: not a readable policy bundle (truncated or altered?): {error}") from None
     claimed = data.pop("digest", None) if isinstance(data, dict) else None
     if claimed is None or claimed != _digest(data, weights):
-        raise BundleMismatch(f"{path}: the contents do not match their digest: truncated or altered")
+        raise BundleMismatch(f"{where}: the contents do not match their digest: truncated or altered")
     if content != _pack(text, weights):
-        raise BundleMismatch(f"{path}: not byte for byte as Jevons writes a policy bundle: altered or packed again")
+        raise BundleMismatch(f"{where}: not byte for byte as Jevons writes a policy bundle: altered or packed again")
     if data.get("format") != FORMAT:  # first: another format has other fields
-        raise BundleMismatch(f"{path}: bundle format {data.get('format')!r}, this version of Jevons reads {FORMAT}")
+        raise BundleMismatch(f"{where}: bundle format {data.get('format')!r}, this version of Jevons reads {FORMAT}")
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "(whole manifest)"
-        raise BundleMismatch(f"{path}: manifest field {where}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"])) or "(whole manifest)"
+        raise BundleMismatch(f"{where}: manifest field {field}: {first['msg']}") from None
     if manifest.features != FEATURES or manifest.actions != ACTIONS:
-        raise BundleMismatch(f"{path}: made for other features or actions than this version of Jevons encodes")
+        raise BundleMismatch(f"{where}: made for other features or actions than this version of Jevons encodes")
+    try:
+        check_network(weights)
+    except NetworkRefused as error:
+        raise BundleMismatch(f"{where}: {error}") from None
     if manifest.interface_digest != manifest.interface.digest():
-        raise BundleMismatch(f"{path}: the interface does not match its digest")
-    return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed), source=str(path))
+        raise BundleMismatch(f"{where}: the interface does not match its digest")
+    return PolicyBundle(manifest=manifest, weights=weights, digest=str(claimed), source=where)
+
+
+def mismatch(trained: InterfaceSpec, used: InterfaceSpec) -> str:
+    """How the interface that a policy was trained for differs from the one in use, in words; empty when it does not."""
+    if trained.digest() == used.digest():
+        return ""
+    window, own = trained.window, used.window
+    if window.control_interval_s != own.control_interval_s:
+        return (
+            f"trained for a decision every {window.control_interval_s:g} s, but control_interval_s is "
+            f"{own.control_interval_s:g} s"
+        )
+    if window.metrics_delay_s != own.metrics_delay_s:
+        return (
+            f"trained on metrics that are {window.metrics_delay_s:g} s old, but metrics_delay_s is "
+            f"{own.metrics_delay_s:g} s"
+        )
+    return f"trained for interface {trained.digest()[:12]}, but this service uses {used.digest()[:12]}: action differs"
 
 
 def _pack(manifest: bytes, weights: bytes) -> bytes:
@@ -193,17 +248,17 @@ class LearnedPolicy(Durable):
         interface: InterfaceSpec,
         first_price: Floats | float | None = None,
     ) -> None:
+        turn_off()
         import onnxruntime
 
         if bundle.manifest.interface_digest != interface.digest():
-            raise BundleMismatch(
-                f"{bundle.source}: trained for interface {bundle.manifest.interface_digest[:12]}, but "
-                f"this service uses {interface.digest()[:12]}: control interval, metrics delay or action differ"
-            )
+            raise BundleMismatch(f"{bundle.source}: {mismatch(bundle.manifest.interface, interface)}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong is in the exception
         self.bundle = bundle
+        self._run = onnxruntime.RunOptions()
+        self._run.log_severity_level = 4
         try:
             self._session = onnxruntime.InferenceSession(bundle.weights, options, providers=["CPUExecutionProvider"])
             self.outputs(np.zeros((1, len(FEATURES)), np.float32))
@@ -221,9 +276,13 @@ class LearnedPolicy(Durable):
         """Forget the error budgets of the masked services."""
         self._dial.reset(services)
 
+    def cancel(self) -> None:
+        """End a run of the network that is under way, and every later one: they raise. For other threads to call."""
+        self._run.terminate = True
+
     def outputs(self, features: Features) -> Floats:
         """The network's outputs (n, 4) in -1..1 for features (n, F)."""
-        (actions,) = self._session.run(None, {"features": features})
+        (actions,) = self._session.run(None, {"features": features}, self._run)
         if actions.shape != (len(features), len(ACTIONS)) or not np.isfinite(actions).all():
             raise BundleMismatch(
                 f"{self.bundle.source}: the network's answer has shape {actions.shape} or holds values that are no "

@@ -27,6 +27,9 @@ PEAK_MEMORY_S = 900.0
 SCALING_MEMORY_S = 120.0
 """Decay of the remembrance of a scale-up or scale-down."""
 MISSING_STREAK = 10.0
+WORK_SPREAD = 1.5
+"""Standard deviation of the work that a Poisson process brings, over that of its count: the root of 1 plus the square
+of the work's coefficient of variation, which is about 1.1 in chat, code and reasoning."""
 
 FEATURES: tuple[str, ...] = (
     "log_demand_tokens_over_provisioned",
@@ -140,6 +143,7 @@ class ObservationBuilder:
         # The services are the last axis of every memory.
         self._demand = np.full((len(Demand._fields), fleet.pools, n), np.nan)  # last known
         self._means = np.full((len(MEMORIES_S), fleet.pools, n), np.nan)
+        self._offered = np.full((2, n), np.nan)  # means of the offered load and of the arrivals per second
         self._variance = np.zeros(n)
         self._peak = np.zeros(n)
         self._miss_rate = np.zeros((2, n))  # last known, of TTFT and TPOT
@@ -153,7 +157,7 @@ class ObservationBuilder:
         """Forget the history of the masked services, of all when None."""
         rows = np.ones(len(self.fleet), bool) if services is None else services
         self._mix.reset(rows)
-        for unknown in (self._demand, self._means, self._last_target):
+        for unknown in (self._demand, self._means, self._offered, self._last_target):
             unknown[..., rows] = np.nan
         for history in (
             self._variance,
@@ -179,8 +183,9 @@ class ObservationBuilder:
             used = self._demand = new
         larger = np.maximum(used[0], used[1])
         self._remember(snapshot, larger, blind)
+        self._remember_offered(snapshot, used[3, 0])
         features = self._encode(snapshot, used, larger)
-        tokens, occupancy, batch_limit = used
+        tokens, occupancy, batch_limit, _ = used
         demand_mean = self._means[1]
         if blind.any():
             demand_mean = np.where(np.isnan(demand_mean), larger, demand_mean)
@@ -193,6 +198,8 @@ class ObservationBuilder:
             demand=larger.T,
             demand_mean=demand_mean.T,
             batch_limit=batch_limit.T,
+            offered_load=self._offered[0],
+            offered_load_error=self._offered_error(),
         )
 
     def observe_rows(self, snapshot: Snapshot, rows: Ints) -> Observation:
@@ -255,10 +262,28 @@ class ObservationBuilder:
         self._recent_scaling = np.where(np.array([change > 0, change < 0]), 1.0, self._recent_scaling * decay[4])
         self._last_target = np.where(np.isnan(wanted), self._last_target, wanted)
 
+    def _remember_offered(self, snapshot: Snapshot, offered: Floats) -> None:
+        """Update the means of the offered load (n,) and of the arrivals, each by the windows in which it is known.
+
+        Where nothing counts arrivals, the offered load is what is served, and its error stays unknown.
+        """
+        new = np.array([offered, snapshot.arrival_rps])
+        moved = self._offered + (1.0 - np.exp(nan_to_zero(snapshot.window_s) / -MEMORIES_S[1])) * (new - self._offered)
+        first = np.where(np.isnan(self._offered), new, self._offered)
+        self._offered = np.where(np.isnan(moved), first, moved)
+
+    def _offered_error(self) -> Floats:
+        """(n,) relative standard error of the mean offered load, were its arrivals a Poisson process.
+
+        An exponential mean with time constant `t` is as good as the plain one over `2 t`.
+        """
+        requests = 2.0 * MEMORIES_S[1] * self._offered[1]
+        return np.where(requests > 0, WORK_SPREAD / np.sqrt(np.fmax(requests, 1e-12)), np.inf)
+
     def _encode(self, snapshot: Snapshot, estimates: Floats, demand: Floats) -> Features:
-        """Features (n, F) from the `estimates` (3, P, n) of a `Demand` and the larger `demand` (P, n)."""
+        """Features (n, F) from the `estimates` (4, P, n) of a `Demand` and the larger `demand` (P, n)."""
         fleet = self.fleet
-        tokens, occupancy, limit = estimates[:, 0]
+        tokens, occupancy, limit, _ = estimates[:, 0]
         first = demand[0]
         by_pool = nan_to_zero(
             np.array(

@@ -23,6 +23,7 @@ from policies.engine import (
     parse_model,
     read_yaml,
 )
+from policies.names import Line, OptionalName
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -51,7 +52,7 @@ class Spot(StrictModel):
 class PoolSpec(StrictModel):
     """Replicas of one engine profile on one GPU type and price class."""
 
-    name: str = Field(default="", description="Name of the pool; the engine profile's name when empty.")
+    name: OptionalName = Field(default="", description="Name of the pool; the engine profile's name when empty.")
     engine: EngineProfile = Field(description="Engine profile: a YAML file's path or its contents.")
     min_replicas: int = Field(default=1, ge=0, description="Fewest replicas.")
     max_replicas: int = Field(ge=1, le=1000, description="Most replicas.")
@@ -144,6 +145,32 @@ class GuardrailSpec(StrictModel):
     max_scale_up_step: int = Field(default=4, ge=1, description="Replicas that may always be added in one step.")
     max_scale_down_share: Share = Field(default=0.5, description="Share of a pool that one step may remove.")
     scale_down_cooldown_s: NonNegative = Field(default=60.0, description="Quiet time before a scale-down, seconds.")
+    scale_down_window_s: NonNegative = Field(
+        default=60.0,
+        description="At steady traffic a scale-down goes no lower than the highest proposal of the last one to two "
+        "windows of this length, seconds; 0: no window.",
+    )
+    scale_down_worth_s: NonNegative = Field(
+        default=240.0,
+        description="At steady traffic, what a scale-down of less than a tenth of the fleet, or one no larger than "
+        "what was taken back before, must have been able to save before it is made: seconds of the whole fleet; "
+        "0: nothing.",
+    )
+    reversal_factor: Annotated[float, Field(ge=1, le=100)] = Field(
+        default=10.0, description="Factor on that price per reversal: a scale-down that was taken back."
+    )
+    reversal_memory_s: Positive = Field(
+        default=14_400.0, description="Time constant with which reversals are forgotten, seconds."
+    )
+    noise_band: Share = Field(
+        default=0.15,
+        description="Largest change of the offered load that may be noise; less, at least 0.05, where more requests "
+        "make it surer. A larger fall is no steady traffic, and waits for nothing.",
+    )
+    batch_cap_band: Share = Field(
+        default=0.2,
+        description="A batch cap that would change by less than this share of itself stays; 0: every change.",
+    )
     hold_down_while_burning: bool = Field(default=True, description="No scale-down while SLOs are missed.")
     hold_down_while_starting: bool = Field(default=True, description="No scale-down while replicas start.")
     backlog_boost: bool = Field(
@@ -181,7 +208,9 @@ class InterfaceSpec(StrictModel):
 class ScalingSpec(StrictModel):
     """Everything that one service's scaling needs to know."""
 
-    service: str = Field(default="service", min_length=1, description="Name of the service.")
+    service: Line = Field(
+        default="service", description="Name of the service; a live one has letters, digits and -_. alone."
+    )
     slo: Slo = Field(description="Latency objectives.")
     pools: Annotated[tuple[PoolSpec, ...], Field(min_length=1, max_length=MAX_POOLS)] = Field(description="Pools.")
     interface: InterfaceSpec = Field(default=InterfaceSpec(), description="Observation and action of learned policies.")
@@ -204,14 +233,17 @@ def resolve_engines(pools: object, where: Path) -> object:
     A bare name without a suffix is looked up among the profiles that ship with Jevons.
 
     Raises:
-        ConfigError: when a profile is missing or wrong.
+        ConfigError: with the field, when a profile is missing or wrong.
     """
     if not isinstance(pools, list):
         return pools
     resolved = []
-    for pool in pools:
+    for place, pool in enumerate(pools):
         if isinstance(pool, dict) and isinstance(pool.get("engine"), str):
-            pool = {**pool, "engine": find_engine(pool["engine"], where).model_dump()}
+            try:
+                pool = {**pool, "engine": find_engine(pool["engine"], where).model_dump()}
+            except ConfigError as error:
+                raise ConfigError(f"pools.{place}.engine: {error}") from None
         resolved.append(pool)
     return resolved
 
@@ -224,12 +256,11 @@ def find_engine(reference: str, where: Path) -> EngineProfile:
     """
     if reference.endswith((".yaml", ".yml")):
         return load_engine(where / reference)
-    shipped = shipped_configs() / "engines"
-    path = shipped / f"{reference}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
-        raise ConfigError(f"no engine profile named {reference!r}; shipped profiles: {names}; or give a .yaml path")
-    return load_engine(path)
+    shipped = {file.stem: file for file in sorted((shipped_configs() / "engines").glob("*.yaml"))}
+    if reference not in shipped:
+        names = ", ".join(shipped)
+        raise ConfigError(f"no engine profile named {reference!r:.80}; shipped profiles: {names}; or give a .yaml path")
+    return load_engine(shipped[reference])
 
 
 def shipped_configs() -> Path:
@@ -245,5 +276,8 @@ def load_spec(path: Path) -> ScalingSpec:
     """
     data = read_yaml(path)
     if isinstance(data, dict):
-        data = {**data, "pools": resolve_engines(data.get("pools"), path.parent)}
+        try:
+            data = {**data, "pools": resolve_engines(data.get("pools"), path.parent)}
+        except ConfigError as error:
+            raise ConfigError(f"{path}: field {error}") from None
     return parse_model(data, ScalingSpec, str(path))

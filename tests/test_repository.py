@@ -171,7 +171,7 @@ def test_no_file_of_product_code_is_longer_than_400_lines() -> None:
 def test_the_folders_of_tests_mirror_those_of_the_packages() -> None:
     tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     rooms = {folder.relative_to(ROOT) for folder in product_folders()}
-    assert tested - rooms == {Path(), Path("integration")}
+    assert tested - rooms == {Path(), Path("chaos"), Path("fuzz"), Path("integration")}
 
 
 def test_make_targets_in_the_documentation_exist() -> None:
@@ -209,6 +209,11 @@ def test_links_between_pages_lead_somewhere() -> None:
             if not file.exists() or (anchor and anchor not in headings(file)):
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_the_table_of_faults_is_what_the_tests_declare() -> None:
+    page = (ROOT / "docs/live.md").read_text(encoding="utf-8")
+    assert importlib.import_module("tests.fault_table").page(page) == page, "run `make fault-table`"
 
 
 def test_files_that_the_documentation_names_exist() -> None:

@@ -8,16 +8,20 @@ This module must not know about any particular server.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from autoscaler.stages import left_behind
 from policies.contract import LEAVE_ALONE, ActuationFailed, Bools, Floats, Target
+from policies.engine import ConfigError
 from policies.spec import ScalingSpec
 
+STATE_AGE_S = 2.0
+"""Whoever carries targets out goes by what was in force at most so long ago."""
 ReplicaLoads = Callable[[], Mapping[str, float]]
-"""Running requests by replica name, to remove the least loaded first."""
+"""Running requests by the replica's name, or by its address and port, to remove the least loaded first."""
 
 
 class PoolName(NamedTuple):
@@ -46,6 +50,7 @@ class FleetState:
     replicas_starting: Floats
     replicas_ready: Floats
     replicas_draining: Floats
+    """Beyond those asked for, and paid for: those that finish their requests, and the surplus of a rollout."""
     batch_cap: Floats
     owners: tuple[str, ...]
     """(n,) other autoscalers that act on a service's pools, in words; empty where there is none."""
@@ -53,6 +58,20 @@ class FleetState:
     """What could not be read, in words."""
     owners_unread: tuple[int, ...] = ()
     """Rows of which nobody knows whether another autoscaler acts on them; `problems` says why."""
+    set_by: tuple[str, ...] = ()
+    """(n,) who set the counts in force, in words; empty where that is not known, or nowhere."""
+    edits_put_back: bool = False
+    """Whether the counts are declared to be ours, so that what others set is overwritten and not left alone."""
+
+    def author(self, row: int) -> str:
+        """Who set the counts of a service, empty where that is not known."""
+        return self.set_by[row] if self.set_by else ""
+
+    replicas_stuck: Floats = field(default_factory=lambda: np.zeros(()))
+    """(n, P) or one for all: replicas that have been starting for so long that they are not on their way any more.
+    They are not in `replicas_starting`; `problems` says why."""
+    replicas_stuck_paid: Floats = field(default_factory=lambda: np.zeros(()))
+    """(n, P) or one for all: how many of `replicas_stuck` hold their GPUs all the same, such as those that crash."""
 
     @classmethod
     def unknown(cls, pools: Sequence[PoolName], problems: tuple[str, ...] = ()) -> FleetState:
@@ -131,11 +150,62 @@ class LiveActuator(Protocol):
 class Router(Protocol):
     """An actuator that also decides where requests go. It needs no permission to scale for that."""
 
-    def route(self, rows: Bools) -> None:
-        """Route the requests of the masked services (n,) to the replicas that there are; repeating it is harmless.
+    def route(self, rows: Bools, adrift: Bools) -> None:
+        """Route requests to the replicas that there are; repeating it is harmless.
+
+        Args:
+            rows: (n,) services that are followed.
+            adrift: (n,) services of which nobody can say whose they are: only a gateway that has forgotten all of its
+                servers gets them back.
 
         Raises:
             PartlyFailed: naming the services for which it could not be done.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsWrites(Protocol):
+    """An actuator that knows which counts were in force for certain, however soon somebody replaced them."""
+
+    def wrote(self) -> Floats:
+        """(n, P) counts that the last `apply` wrote; NaN where it wrote none."""
+        ...
+
+
+@runtime_checkable
+class DrainsFirst(Protocol):
+    """An actuator that lowers a count only once the replicas to remove are empty."""
+
+    def draining(self) -> Bools:
+        """(n, P) pools whose count the last `apply` has left as it was until then."""
+        ...
+
+
+class Announcement(NamedTuple):
+    """What those who watch a service's objects should know."""
+
+    row: int
+    column: int | None
+    """Which pool; None for all of the service."""
+    warning: bool
+    reason: str
+    """One word in camel case, such as `ScaledUp`."""
+    note: str
+    """In a sentence."""
+    at_s: float = 0.0
+    """Unix time at which it was so."""
+
+
+@runtime_checkable
+class Announces(Protocol):
+    """An actuator whose server keeps announcements beside the objects."""
+
+    def announce(self, announcement: Announcement) -> None:
+        """Tell it.
+
+        Raises:
+            ActuationFailed: when it could not be told.
         """
         ...
 
@@ -149,14 +219,38 @@ def pools_of(specs: Sequence[ScalingSpec]) -> list[PoolName]:
     ]
 
 
+def refuse_shared(places: Mapping[PoolName, str]) -> None:
+    """Refuse pools that have one object: each tick the last of them would set the others' counts or caps back.
+
+    Args:
+        places: what holds the target of each pool, in words.
+
+    Raises:
+        ConfigError: naming the two pools and what they share.
+    """
+    owners: dict[str, PoolName] = {}
+    for pool, place in places.items():
+        first = owners.setdefault(place, pool)
+        if first is not pool:
+            raise ConfigError(
+                f"actuator: {first.label!r} and {pool.label!r} have one object, {place}; give each its own name"
+            )
+
+
 def shape_of(pools: Sequence[PoolName]) -> tuple[int, int]:
     """(n, P) of the arrays that hold the pools."""
     return max(pool.row for pool in pools) + 1, max(pool.column for pool in pools) + 1
 
 
 def wanted(target: Target, pools: Sequence[PoolName]) -> Iterator[tuple[PoolName, int, int]]:
-    """(pool, replicas, batch cap) of every pool that is not to be left alone."""
+    """(pool, replicas, batch cap) of every pool that is not to be left alone.
+
+    Raises:
+        ActuationFailed: when the tick has gone on without this thread: orders and leases may be others by now.
+    """
     for pool in pools:
         replicas = int(target.replicas[pool.row, pool.column])
         if replicas != LEAVE_ALONE:
+            if left_behind():
+                raise ActuationFailed(f"{pool.label}: the tick has ended, so nothing more of its target is carried out")
             yield pool, replicas, int(target.batch_cap[pool.row, pool.column])

@@ -38,6 +38,11 @@ class CompositeConfig(StrictModel):
         default=120.0, description="Longest wait for the requests of a replica that is to be removed."
     )
 
+    def waits_s(self) -> dict[str, float]:
+        """Longest waits of one reading of what is in force, by field, seconds: one part is read after the other."""
+        parts = {"replicas": self.replicas, "batch_cap": self.batch_cap}
+        return {f"{name}.{field}": wait_s for name, part in parts.items() for field, wait_s in part.waits_s().items()}
+
 
 ActuatorConfig = Annotated[
     KubernetesConfig | RayServeConfig | HAProxyConfig | MetricOnlyConfig | ConfigMapConfig | CompositeConfig,

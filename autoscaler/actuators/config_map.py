@@ -12,10 +12,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, pools_of, wanted
-from autoscaler.actuators.kube_api import KubeApi, KubeConnection, KubeError
+from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, pools_of, refuse_shared, wanted
+from autoscaler.actuators.kube_api import Json, KubeApi, KubeConnection, KubeError, Needed, parsed, rights
+from autoscaler.actuators.kube_paths import path_of
 from policies.contract import Target
 from policies.engine import StrictModel
+from policies.json_text import read_integer
+from policies.names import Key, Name, NameTemplate
 from policies.spec import ScalingSpec
 
 
@@ -24,12 +27,16 @@ class ConfigMapConfig(StrictModel):
 
     kind: Literal["config_map"] = Field(default="config_map", description="Which actuator this is.")
     connection: KubeConnection = Field(default=KubeConnection(), description="How to reach the API server.")
-    namespace: str = Field(default="default", description="Namespace.")
-    name: str = Field(default="{service}-jevons", description="Name; {service} and {pool} are filled in.")
-    key: str = Field(default="batch_cap", description="Key, or annotation, that holds the cap.")
+    namespace: Name = Field(default="default", description="Namespace.")
+    name: NameTemplate = Field(default="{service}-jevons", description="Name; {service} and {pool} are filled in.")
+    key: Key = Field(default="batch_cap", description="Key, or annotation, that holds the cap.")
     place: Literal["config_map", "deployment_annotation"] = Field(
         default="config_map", description="A ConfigMap's data, or an annotation of the Deployment of that name."
     )
+
+    def waits_s(self) -> dict[str, float]:
+        """Longest waits of one reading of what is in force, by field, seconds."""
+        return {"connection.deadline_s": self.connection.deadline_s}
 
 
 class ConfigMapActuator:
@@ -40,12 +47,14 @@ class ConfigMapActuator:
         specs: the services.
 
     Raises:
+        ConfigError: when two pools have one object.
         KubeError: when there is no usable kubeconfig.
     """
 
     def __init__(self, config: ConfigMapConfig, specs: Sequence[ScalingSpec]) -> None:
         self.config = config
         self._pools = pools_of(specs)
+        refuse_shared({pool: self._path(pool) for pool in self._pools})
         self._api = KubeApi(config.connection)
 
     def apply(self, target: Target) -> None:
@@ -63,50 +72,55 @@ class ConfigMapActuator:
     def state(self) -> FleetState:
         """Caps in force; NaN where none is written."""
         state, problems = FleetState.unknown(self._pools), []
-        for pool in self._pools:
-            try:
-                cap = self._read(pool)
-            except KubeError as error:
-                problems.append(f"{self._path(pool)}: {error}")
-                continue
-            if cap is not None:
-                state.batch_cap[pool.row, pool.column] = cap
+        with self._api.one_operation():
+            for pool in self._pools:
+                try:
+                    cap = self._read(pool)
+                except KubeError as error:
+                    problems.append(f"{self._path(pool)}: {error}")
+                    continue
+                if cap is not None:
+                    state.batch_cap[pool.row, pool.column] = cap
         return replace(state, problems=tuple(problems))
 
     def check(self) -> list[Access]:
         """Rights by the server's own word, and what is written now."""
         maps = self.config.place == "config_map"
         group, resource = ("", "configmaps") if maps else ("apps", "deployments")
-        lines = []
-        for verb in ("get", "patch", *(("create",) if maps else ())):
-            what = f"may {verb} {resource} in {self.config.namespace}"
-            try:
-                ok = self._api.allowed(verb, group, resource, "", self.config.namespace)
-                lines.append(Access(what, ok, "" if ok else "not granted: bind a Role that allows it"))
-            except KubeError as error:
-                lines.append(Access(what, False, str(error)))
+        lines, missing = [], False
         for pool in self._pools:
+            name = pool.render(self.config.name)
+            needed = [Needed(verb, group, resource, "", name) for verb in ("get", "patch")]
+            lines += rights(self._api, needed, self.config.namespace)
             try:
                 cap = self._read(pool)
                 lines.append(Access(self._path(pool), True, f"cap {cap}" if cap else "no cap is written yet"))
+                missing |= maps and self._object(pool) is None
             except KubeError as error:
                 lines.append(Access(self._path(pool), False, str(error)))
+        if missing:  # the right to make one cannot be given by name
+            lines += rights(self._api, [Needed("create", group, resource)], self.config.namespace)
         return lines
 
     def close(self) -> None:
         """Drop connections."""
         self._api.close()
 
-    def _read(self, pool: PoolName) -> int | None:
+    def _object(self, pool: PoolName) -> Json | None:
+        """The ConfigMap, None where it is not there, or the Deployment. Raises `KubeError`."""
         try:
-            found = self._api.get(self._path(pool))
+            return self._api.get(self._path(pool))
         except KubeError as error:
             if error.status == 404 and self.config.place == "config_map":
                 return None
             raise
-        place = found.get("data") if self.config.place == "config_map" else found["metadata"].get("annotations")
-        text = (place or {}).get(self.config.key, "")
-        return int(text) if text.isdigit() else None
+
+    def _read(self, pool: PoolName) -> int | None:
+        found = self._object(pool) or {"metadata": {}}
+        with parsed():
+            place = found.get("data") if self.config.place == "config_map" else found["metadata"].get("annotations")
+            text = (place or {}).get(self.config.key, "")
+            return read_integer(text) if text.isdecimal() and text.isascii() else None
 
     def _write(self, pool: PoolName, cap: int) -> None:
         value = {self.config.key: str(cap)}
@@ -124,6 +138,5 @@ class ConfigMapActuator:
             self._api.post(folder, body)
 
     def _path(self, pool: PoolName) -> str:
-        root = "/api/v1" if self.config.place == "config_map" else "/apis/apps/v1"
-        kind = "configmaps" if self.config.place == "config_map" else "deployments"
-        return f"{root}/namespaces/{self.config.namespace}/{kind}/{pool.render(self.config.name)}"
+        kind = ("v1", "configmaps") if self.config.place == "config_map" else ("apps/v1", "deployments")
+        return path_of(kind[0], self.config.namespace, kind[1], pool.render(self.config.name))

@@ -28,6 +28,10 @@ class MetricOnlyConfig(StrictModel):
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 lets every host read what it serves."
     )
 
+    def waits_s(self) -> dict[str, float]:
+        """Longest waits of one reading of what is in force, by field, seconds: nobody is asked."""
+        return {}
+
 
 class MetricOnlyActuator:
     """Exports the desired replicas and batch cap of every pool.
@@ -52,7 +56,10 @@ class MetricOnlyActuator:
         self.port = 0
         """The port that is served, 0 for none."""
         if config.port is not None:
-            self._server, _ = start_http_server(config.port, config.address, self.registry)
+            try:
+                self._server, _ = start_http_server(config.port, config.address, self.registry)
+            except OSError as error:
+                raise OSError(f"actuator.port: {config.address}:{config.port}: {error.strerror or error}") from None
             self.port = self._server.server_port
 
     def apply(self, target: Target) -> None:

@@ -9,41 +9,36 @@ This module must not know how replicas are placed.
 from __future__ import annotations
 
 import copy
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, Refused, pools_of, wanted
+from autoscaler.actuators.base import Access, FleetState, PartlyFailed, PoolName, pools_of, refuse_shared, wanted
+from autoscaler.actuators.kuberay import KubeRayConfig, Ownership, RayServices, head_service
+from autoscaler.actuators.serve_api import APPLICATIONS, Json, ServeApi, ServeConnection, ServeError, declared, entry_of
+from autoscaler.actuators.starts import StartLedger, StartSpec
 from policies.contract import Target
-from policies.engine import Positive, StrictModel
+from policies.engine import StrictModel
+from policies.names import NameTemplate
 from policies.spec import ScalingSpec
-
-FIRST_PAUSE_S = 0.2
-RETRIED = (429, 500, 502, 503, 504)
-APPLICATIONS = "/api/serve/applications/"
-Json = dict[str, Any]
 
 
 class ServeTarget(StrictModel):
     """Which deployment serves a pool."""
 
-    application: str = Field(default="{service}", description="Application; {service} and {pool} are filled in.")
-    deployment: str = Field(default="{service}", description="Deployment; {service} and {pool} are filled in.")
+    application: NameTemplate = Field(
+        default="{service}", description="Application; {service} and {pool} are filled in."
+    )
+    deployment: NameTemplate = Field(default="{service}", description="Deployment; {service} and {pool} are filled in.")
 
 
-class RayServeConfig(StrictModel):
+class RayServeConfig(ServeConnection):
     """Replicas and caps of Ray Serve deployments."""
 
     kind: Literal["ray_serve"] = Field(default="ray_serve", description="Which actuator this is.")
-    address: Annotated[str, Field(pattern=r"^https?://")] = Field(
-        default="http://127.0.0.1:8265", description="Ray's dashboard."
-    )
     target: ServeTarget = Field(default=ServeTarget(), description="The deployment of pools without an own entry.")
     targets: dict[str, ServeTarget] = Field(default={}, description="Deployment by `service` or `service/pool`.")
     replicas: Literal["declared", "external", "none"] = Field(
@@ -51,14 +46,24 @@ class RayServeConfig(StrictModel):
         description="Set num_replicas in the configuration; use the external scaler's endpoint, for applications with "
         "external_scaler_enabled; or leave counts to Serve (with `autoscaler.hosting.serve_policy.policy`).",
     )
-    token_env: str = Field(default="RAY_AUTH_TOKEN", description="Environment variable that may hold a Ray token.")
-    token_file: Path | None = Field(default=None, description="File that holds a Ray token.")
-    timeout_s: Positive = Field(default=5.0, description="Longest wait for one answer.")
-    deadline_s: Positive = Field(default=15.0, description="Longest time for one operation, retries included.")
+    kuberay: KubeRayConfig | None = Field(
+        default=None,
+        description="Where a RayService that owns the cluster would be; looked for without it too where `address` is a "
+        "head's Service of KubeRay.",
+    )
+    starts: StartSpec = Field(default=StartSpec(), description="How long a start may take.")
 
+    def waits_s(self) -> dict[str, float]:
+        """Longest waits of one reading of what is in force, by field, seconds."""
+        owner = (self.kuberay or KubeRayConfig()).connection.deadline_s
+        looks = self.kuberay is not None or head_service(str(self.address))[0]
+        return {"deadline_s": self.deadline_s} | ({"kuberay.connection.deadline_s": owner} if looks else {})
 
-class ServeError(Refused):
-    """Raised when Serve refused or did not answer."""
+    @model_validator(mode="after")
+    def _names_the_ray_service(self) -> RayServeConfig:
+        if self.kuberay is not None and self.kuberay.name is None and not head_service(str(self.address))[0]:
+            raise ValueError("kuberay.name: needed, as address is no head's Service (NAME-head-svc.NAMESPACE)")
+        return self
 
 
 class RayServeActuator:
@@ -67,15 +72,19 @@ class RayServeActuator:
     Args:
         config: where Serve is and what the services are called there.
         specs: the services.
+
+    Raises:
+        ConfigError: when the address names a secret that is not set, or two pools have one deployment.
     """
 
     def __init__(self, config: RayServeConfig, specs: Sequence[ScalingSpec]) -> None:
-        import requests
-
         self.config = config
         self._pools = pools_of(specs)
+        self._starts = StartLedger(specs, config.starts)
         self._places = {pool: _place(config, pool) for pool in self._pools}
-        self._session = requests.Session()
+        refuse_shared({pool: self._where(pool) for pool in self._pools})
+        self._api = ServeApi(config)
+        self._services = RayServices(config.kuberay, self._api.root)
 
     def apply(self, target: Target) -> None:
         """Set what differs, all services in one write. Raises `PartlyFailed`."""
@@ -83,7 +92,7 @@ class RayServeActuator:
         if not targets:
             return
         try:
-            details = self._details()
+            details = self._api.details()
         except ServeError as error:
             raise PartlyFailed({pool.service: str(error) for pool, _, _ in targets}) from None
         failures: dict[str, str] = {}
@@ -99,14 +108,14 @@ class RayServeActuator:
             if body != before:
                 for _, replicas, entry in scales:  # a PUT carries counts out too, and later than the external scaler
                     entry["num_replicas"] = replicas
-                self._ask("PUT", APPLICATIONS, body)
+                self._api.ask("PUT", APPLICATIONS, body)
         except ServeError as error:
             raise PartlyFailed({pool.service: str(error) for pool, _, _ in targets}) from None
         for pool, replicas, _ in scales:
             application, deployment = self._places[pool]
             path = f"/api/v1/applications/{application}/deployments/{deployment}/scale"
             try:
-                self._ask("POST", path, {"target_num_replicas": replicas})
+                self._api.ask("POST", path, {"target_num_replicas": replicas})
             except ServeError as error:
                 failures[pool.service] = str(error)
         if failures:
@@ -116,10 +125,12 @@ class RayServeActuator:
         """What was asked for last, and what runs; Serve's autoscaler is another owner unless it asks our policy."""
         state = FleetState.unknown(self._pools)
         try:
-            details = self._details()
+            details = self._api.details()
         except ServeError as error:
             return replace(state, problems=(str(error),))
-        owners, problems = [""] * len(state.owners), []
+        cluster = self._services.ownership()
+        owners, problems = [cluster.owner] * len(state.owners), [cluster.problem] if cluster.problem else []
+        unread = tuple(range(len(owners))) if cluster.problem else ()
         for pool in self._pools:
             found = self._deployment(details, pool)
             if found is None:
@@ -141,17 +152,21 @@ class RayServeActuator:
             state.batch_cap[at] = cap or np.nan
             scaler = found.get("deployment_config", {}).get("autoscaling_config") or {}
             function = str((scaler.get("policy") or {}).get("policy_function", ""))
-            if scaler and "autoscaler.hosting.serve_policy" not in function:
+            if scaler and "autoscaler.hosting.serve_policy" not in function and not owners[pool.row]:
                 owners[pool.row] = f"Ray Serve's autoscaling_config of {self._where(pool)}"
-        return replace(state, owners=tuple(owners), problems=tuple(problems))
+        state = replace(state, owners=tuple(owners), problems=tuple(problems), owners_unread=unread)
+        return self._starts.settle(state)
 
     def check(self) -> list[Access]:
         """Every deployment, how it was deployed, and whether this mode of scaling fits it."""
         try:
-            details = self._details()
+            details = self._api.details()
         except ServeError as error:
             return [Access(f"Ray Serve {self.config.address}", False, str(error))]
         lines = [Access(f"Ray Serve {self.config.address}", True, f"{len(details['applications'])} applications")]
+        cluster = self._services.ownership()
+        if cluster != Ownership():
+            return [*lines, Access("the owner of the cluster", False, cluster.owner or cluster.problem)]
         body, state = declared(details), self.state()
         for pool in self._pools:
             at = (pool.row, pool.column)
@@ -169,7 +184,8 @@ class RayServeActuator:
 
     def close(self) -> None:
         """Drop connections."""
-        self._session.close()
+        self._api.close()
+        self._services.close()
 
     def _edit(
         self,
@@ -192,7 +208,7 @@ class RayServeActuator:
         if external != (self.config.replicas == "external") and self.config.replicas != "none":
             state = "true" if external else "false"
             raise ServeError(412, f"{self._where(pool)}: external_scaler_enabled is {state}, see `replicas`")
-        entry = _entry(config, deployment)
+        entry = entry_of(config, deployment)
         count_now, cap_now = self._asked_for(details, pool)
         if cap_now != cap:
             entry["max_ongoing_requests"] = cap
@@ -233,103 +249,11 @@ class RayServeActuator:
         application, deployment = self._places[pool]
         return f"deployment {deployment} of application {application}"
 
-    def _details(self) -> Json:
-        details = self._ask("GET", APPLICATIONS)
-        if "applications" not in details:
-            raise ServeError(0, f"{self.config.address}: no list of applications in the answer")
-        return details
-
-    def _ask(self, method: str, path: str, body: Json | None = None) -> Json:
-        until_s, pause_s = time.monotonic() + self.config.deadline_s, FIRST_PAUSE_S
-        while True:
-            try:
-                return self._once(method, path, body, until_s - time.monotonic())
-            except ServeError as error:
-                if error.status not in (0, *RETRIED) or time.monotonic() + pause_s >= until_s:
-                    raise
-            time.sleep(pause_s)
-            pause_s *= 2
-
-    def _once(self, method: str, path: str, body: Json | None, left_s: float) -> Json:
-        import requests
-
-        try:
-            response = self._session.request(
-                method,
-                f"{self.config.address.rstrip('/')}{path}",
-                json=body,
-                headers=self._headers(),
-                timeout=max(0.05, min(self.config.timeout_s, left_s)),
-            )
-            if response.status_code in (401, 403):
-                raise ServeError(response.status_code, f"{self.config.address}: refused the token; set token_file")
-            if response.status_code >= 400:
-                raise ServeError(response.status_code, f"HTTP {response.status_code}: {response.text[:300]}")
-            answer: Json = response.json() if response.text else {}
-        except requests.RequestException as error:
-            raise ServeError(0, f"{self.config.address}: {type(error).__name__}: {str(error)[:200]}") from None
-        except ValueError:
-            raise ServeError(0, f"{self.config.address}: the answer is cut short or no JSON") from None
-        return answer
-
-    def _headers(self) -> dict[str, str]:
-        token = os.environ.get(self.config.token_env, "")
-        file = self.config.token_file
-        if file is None and not token:
-            standard = Path.home() / ".ray" / "auth_token"  # where Ray itself writes and looks
-            file = standard if standard.is_file() else None
-        if file is not None:
-            try:
-                token = file.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ServeError(401, f"{file}: cannot be read: {error.strerror or error}") from None
-        return {"Authorization": f"Bearer {token}"} if token else {}
-
 
 def _running(deployment: Json) -> tuple[int | None, int | None]:
     """Target count and cap that Serve's controller works by."""
     settings = deployment.get("deployment_config", {})
     return deployment.get("target_num_replicas"), settings.get("max_ongoing_requests")
-
-
-def declared(details: Json) -> Json:
-    """What a PUT must hold to change nothing: every declared application, with externally set counts as they are.
-
-    Args:
-        details: Serve's answer to a GET of its applications.
-    """
-    applications = []
-    for application in details["applications"].values():
-        config = application.get("deployed_app_config")
-        if config is None:
-            continue  # started by serve.run: a PUT does not remove it
-        config = copy.deepcopy(config)
-        if config.get("external_scaler_enabled"):
-            _keep_counts(config, application.get("deployments", {}))
-        applications.append(config)
-    body: Json = {"applications": applications}
-    for key in ("proxy_location", "http_options", "grpc_options", "target_capacity"):
-        if details.get(key) is not None:
-            body[key] = details[key]
-    return body
-
-
-def _keep_counts(config: Json, deployments: Json) -> None:
-    """A count set from outside is not in the declared configuration, and a PUT would set it back."""
-    for name, found in deployments.items():
-        entry = _entry(config, name)
-        if found.get("target_num_replicas") is not None:
-            entry["num_replicas"] = found["target_num_replicas"]
-
-
-def _entry(config: Json, deployment: str) -> Json:
-    """What a declared application says of a deployment; put there if it says nothing."""
-    entries = config.setdefault("deployments", [])
-    found: Json | None = next((one for one in entries if one["name"] == deployment), None)
-    if found is None:
-        found = {"name": deployment}
-        entries.append(found)
-    return found
 
 
 def _place(config: RayServeConfig, pool: PoolName) -> tuple[str, str]:

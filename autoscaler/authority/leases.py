@@ -14,17 +14,18 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autoscaler.actuators.kube_api import KubeConnection
 from autoscaler.controller import RecordsUnavailable
-from autoscaler.records.database import LEASES, Database
+from autoscaler.records.database import LEASES, Database, put_missing
 from policies.contract import Ints
 from policies.engine import Positive, StrictModel
+from policies.names import Name
 
 SteadyClock = Callable[[], float]
 NOT_HELD = -1
@@ -45,9 +46,27 @@ class LeaseSpec(StrictModel):
     duration_s: Positive = Field(
         default=45.0, description="A lease that is not renewed for this long may be taken over, seconds."
     )
-    namespace: str = Field(default="default", description="Namespace of the Lease objects.")
-    prefix: str = Field(default="jevons-", description="Name of a service's Lease object is this and the service.")
+    namespace: Name = Field(default="default", description="Namespace of the Lease objects.")
+    prefix: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9.-]*)?$")] = Field(
+        default="jevons-", description="Name of a service's Lease object is this and the service."
+    )
     connection: KubeConnection = Field(default=KubeConnection(), description="How to reach the API server.")
+
+    @property
+    def period_s(self) -> float:
+        """Pause between two renewals, seconds."""
+        return min(self.duration_s / 6.0, 5.0)
+
+    @model_validator(mode="after")
+    def _outlasts_a_slow_server(self) -> LeaseSpec:
+        """All are renewed together, so that one which is slow must not let the others lapse."""
+        longest_s = TRUSTED_SHARE * self.duration_s - self.period_s
+        if self.kind == "kubernetes" and self.connection.deadline_s > longest_s:
+            raise ValueError(
+                f"connection.deadline_s: {self.connection.deadline_s:g} s is too long for a duration_s of "
+                f"{self.duration_s:g} s, of which the holder trusts two thirds; set it to {longest_s:g} or less"
+            )
+        return self
 
 
 class Leases(Protocol):
@@ -61,6 +80,10 @@ class Leases(Protocol):
         """
         ...
 
+    def unread(self) -> tuple[str, ...]:
+        """(n,) why the last renewal does not know who holds a service's lease, in words; empty where it knows."""
+        ...
+
     def annotated(self) -> tuple[str, ...]:
         """(n,) why a mark on the lease stops all action on its service, as of the last renewal; empty where none."""
         ...
@@ -69,20 +92,24 @@ class Leases(Protocol):
         """Let go of every lease, so that another controller need not wait.
 
         Raises:
-            LeasesUnavailable: when that cannot be done; the leases expire by themselves.
+            LeasesUnavailable: when that cannot be done for all; those leases expire by themselves.
         """
         ...
 
+    def close(self) -> None:
+        """Drop connections."""
+        ...
 
-def holder_name() -> str:
-    """A name for this process that no other process has: host, process namespace, process number, start."""
-    return f"{socket.gethostname()}/{_namespace()}/{os.getpid()}/{_started(os.getpid())}"
+
+def holder_name(controller: str) -> str:
+    """A name that no other controller has, in this process or another: host, process namespace, number, start, name."""
+    return f"{socket.gethostname()}/{_namespace()}/{os.getpid()}/{_started(os.getpid())}/{controller}"
 
 
 def process_gone(holder: str) -> bool:
     """Whether the holder was a process of this host and is certainly not there any more."""
     words = holder.split("/")
-    if len(words) != 4 or words[:2] != [socket.gethostname(), _namespace()] or "?" in words:
+    if len(words) != 5 or words[:2] != [socket.gethostname(), _namespace()] or "?" in words:
         return False
     try:
         return _started(int(words[2])) != words[3]
@@ -161,22 +188,24 @@ class DatabaseLeases:
 
     def _renew(self) -> Ints:
         tokens = dict.fromkeys(self._services, NOT_HELD)
-        with self._database.begin() as connection:
-            # The first statement writes, so that a SQLite transaction begins with the lock and not with a read.
-            own = sa.and_(LEASES.c.holder == self.holder, LEASES.c.service.in_(self._services))
+        ours = LEASES.c.service.in_(self._services)
+        # Rows are locked in the order of their names, here and where records are written: nobody waits in a circle.
+        everything = LEASES.select().where(ours).order_by(LEASES.c.service)
+        own = sa.and_(LEASES.c.holder == self.holder, ours)
+        with self._database.begin(write=True) as connection:
+            connection.execute(everything.where(LEASES.c.holder == self.holder).with_for_update()).all()
             connection.execute(LEASES.update().where(own).values(renewals=LEASES.c.renewals + 1))
-            rows = connection.execute(LEASES.select().where(LEASES.c.service.in_(self._services))).all()
+            rows = connection.execute(everything).all()
+            new = sorted({*self._services} - {row.service for row in rows})
+            if new:
+                free = [{"service": name, "holder": "", "token": 0, "renewals": 0} for name in new]
+                put_missing(connection, LEASES, free)
+                rows = connection.execute(everything).all()
             for row in rows:
                 if row.holder == self.holder:
                     tokens[row.service] = row.token
                 elif not row.holder or self._watch.expired(row.service, row.holder, (row.token, row.renewals)):
                     tokens[row.service] = self._take(connection, row)
-            known = {row.service for row in rows}
-            new = [service for service in self._services if service not in known]
-            if new:
-                values = [{"service": name, "holder": self.holder, "token": 1, "renewals": 0} for name in new]
-                connection.execute(LEASES.insert(), values)
-                tokens |= dict.fromkeys(new, 1)
         return np.array([tokens[service] for service in self._services], np.int64)
 
     def _take(self, connection: sa.Connection, row: sa.Row[tuple[str, str, int, int]]) -> int:
@@ -189,6 +218,10 @@ class DatabaseLeases:
         )
         return row.token + 1 if taken.rowcount == 1 else NOT_HELD
 
+    def unread(self) -> tuple[str, ...]:
+        """All are read in one transaction, or none."""
+        return ("",) * len(self._services)
+
     def annotated(self) -> tuple[str, ...]:
         """Rows carry no marks: orders have a table of their own."""
         return ("",) * len(self._services)
@@ -197,6 +230,10 @@ class DatabaseLeases:
         """The rows stay, for their tokens; the holder is nobody."""
         try:
             with self._database.begin() as connection:
-                connection.execute(LEASES.update().where(LEASES.c.holder == self.holder).values(holder=""))
+                own = sa.and_(LEASES.c.holder == self.holder, LEASES.c.service.in_(self._services))
+                connection.execute(LEASES.update().where(own).values(holder=""))
         except RecordsUnavailable as error:
             raise LeasesUnavailable(str(error)) from error
+
+    def close(self) -> None:
+        """The database is somebody else's to close."""

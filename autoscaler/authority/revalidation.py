@@ -44,6 +44,7 @@ class Revalidation:
         self.spec = spec
         self._candidate: Ints = np.full(fleet.exists.shape, NOTHING, np.int64)
         self._since_s: Floats = np.full(len(fleet), np.inf)
+        self._before = (self._candidate, self._since_s)  # the last look
 
     def judge(self, settled: Target, current: Target, rows: Bools, observation: Observation) -> tuple[Target, Bools]:
         """The target without the scale-downs that must wait, and (n,) True where one must.
@@ -57,6 +58,7 @@ class Revalidation:
             rows: (n,) which services are ours to scale.
             observation: the present load.
         """
+        self._before = (self._candidate, self._since_s)
         in_bounds = np.minimum(current.replicas, self._fleet.max_replicas)
         down = rows & any_pool(settled.replicas < in_bounds)
         time_s = observation.snapshot.time_s
@@ -80,6 +82,12 @@ class Revalidation:
         announced_replicas = np.where(begin[:, np.newaxis], settled.replicas, self._candidate)
         self._candidate = np.where((begin | stay)[:, np.newaxis], announced_replicas, NOTHING)
         return Target(replicas=replicas.astype(np.int64), batch_cap=settled.batch_cap), waiting
+
+    def keep(self, rows: Bools) -> None:
+        """The scale-downs of the masked services (n,) that have passed are not carried out yet: they need not wait."""
+        candidate, since_s = self._before
+        self._candidate = np.where(rows[:, np.newaxis], candidate, self._candidate)
+        self._since_s = np.where(rows, since_s, self._since_s)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What survives a restart."""

@@ -1,13 +1,14 @@
-"""Who may act on which service at a tick, and why not: leases, modes, the kill switch, other people's edits.
+"""What becomes of a decision at a tick: which rows may be carried out, and why the others are held or advised.
 
-A scale-down is looked at twice. Nothing here reads metrics or touches a cluster.
+Who may act is `autoscaler.authority.permission`'s to say; it is asked when the decision is made, and again immediately
+before it is carried out. A scale-down is looked at twice. Nothing here reads metrics or changes a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +19,15 @@ from autoscaler.authority.controls import Mode
 from autoscaler.authority.foreign_edits import ForeignEdits
 from autoscaler.authority.heartbeat import Heartbeat
 from autoscaler.authority.leases import NOT_HELD
+from autoscaler.authority.permission import Authority, Clocks, Hold, World
 from autoscaler.authority.revalidation import Revalidation, RevalidationSpec
 from autoscaler.versions.counterfactuals import Counterfactuals
 from autoscaler.versions.ladder import FallbackLadder, Rung
 from policies.contract import Bools, Decision, Floats, Observation, Outcome, Reason, Snapshot
 from policies.decider import Decider
 from policies.engine import NonNegative, Positive, StrictModel
-from policies.pool_arrays import any_pool
+from policies.guardrails import burning
+from policies.pool_arrays import any_pool, sum_pools
 
 
 class SupervisionSpec(StrictModel):
@@ -33,19 +36,24 @@ class SupervisionSpec(StrictModel):
     edit_hold_s: NonNegative = Field(
         default=900.0, description="A manual edit is left alone for this long after the last one, seconds."
     )
+    edit_hold_yields_to_slo: bool = Field(
+        default=True,
+        description="The hold of an edit ends early when objectives are missed and more replicas are asked for than "
+        "somebody has set. A pause never ends by itself.",
+    )
+    revert_s: Positive = Field(
+        default=300.0,
+        description="A count of ours that somebody replaces within this time was put back; the second in a row makes "
+        "an owner of them, and the service is held until an order, seconds.",
+    )
+    max_reading_age_s: NonNegative = Field(
+        default=2.0,
+        description="What is in force, and who owns it, is read again before acting when it is older, seconds.",
+    )
     max_decision_age_s: Positive = Field(
         default=30.0, description="A decision that is older than this when its turn comes is not carried out, seconds."
     )
     revalidation: RevalidationSpec = Field(default=RevalidationSpec(), description="The second look at a scale-down.")
-
-
-class Clocks(Protocol):
-    """The controller's clock."""
-
-    @property
-    def now_s(self) -> float:
-        """Seconds; Unix time that never jumps while the process lives."""
-        ...
 
 
 class LiveSupervisor:
@@ -70,7 +78,7 @@ class LiveSupervisor:
         heartbeat: Heartbeat,
         ladder: FallbackLadder,
         counterfactuals: Counterfactuals,
-        world: Callable[[], FleetState],
+        world: World,
         clock: Clocks,
         spec: SupervisionSpec,
         on_finish: Callable[[Decision, dict[str, float]], None] = lambda decision, seconds: None,
@@ -85,30 +93,30 @@ class LiveSupervisor:
         self._world = world
         self._clock = clock
         self._on_finish = on_finish
-        self.brought_back: Bools = np.zeros(len(self.services), bool)
-        """(n,) services whose memory is here; on the others this controller must not act yet."""
         self._began_s = -np.inf
-        self._edits = ForeignEdits(decider.fleet.exists, spec.edit_hold_s)
+        self._readings = 0  # of the world, as of the end of the last tick
+        self._edits = ForeignEdits(decider.fleet.exists, spec.edit_hold_s, spec.revert_s)
+        self.authority = Authority(heartbeat, self._edits, world, clock, spec.max_decision_age_s)
 
     # Supervisor
 
     def begin(self, snapshot: Snapshot) -> Bools:
         """Look for edits by others; the services on which this controller does not act."""
         self._began_s = self._clock.now_s
-        self._edits.look(self._world().replicas_target, self._began_s, self._ordered_s())
-        return ~self._acting()
+        untold = self._edits.untold() & (not self._look().edits_put_back)
+        return ~self.authority.ask(self._began_s).granted | untold
 
     def judge(self, decision: Decision, observation: Observation) -> Decision:
-        """Hold what is not ours, killed, paused, edited by others, owned by another autoscaler or due a second look."""
-        modes = self._modes()
-        peers = self._counterfactuals.of(decision.settled, observation, self._decider)
-        reasons = decision.reasons | self._ladder.reasons
+        """Hold what must not be written or is due a second look, and mark what is only advised."""
+        peers = self._counterfactuals.of_peers(observation, self._decider)
+        held = (decision.outcome == Outcome.HELD) | (self._ladder.rung == Rung.HOLD)
+        yielded = self._yield(decision, observation, ~held)
+        permission = self.authority.ask(self._began_s)
+        modes = permission.modes
+        reasons = decision.reasons | self._ladder.reasons | permission.reasons
         # The core names a rule only where it changed the proposal; a held row must say why it is held in any case.
         reasons = np.where(observation.blind, reasons | int(Reason.MISSING_METRICS), reasons)
-        held = (decision.outcome == Outcome.HELD) | (self._ladder.rung == Rung.HOLD)
-        for rows, reason in self._stops(modes):
-            reasons = np.where(rows, reasons | int(reason), reasons)
-            held = held | rows
+        held = held | permission.stopped
         advised = ~held & (modes == Mode.ADVISE)
         settled = decision.settled
         looked_at = ~held & ~advised
@@ -119,6 +127,7 @@ class LiveSupervisor:
             same = ~any_pool(settled.replicas != current.replicas) & ~any_pool(settled.batch_cap != current.batch_cap)
             held = held | (waiting & same)
         outcome = np.where(held, Outcome.HELD, np.where(advised, Outcome.ADVISED, decision.outcome))
+        holds = self.authority.holds(permission)
         details: dict[str, npt.NDArray[Any]] = {
             "mode": modes,
             "token": np.where(self.leading(), self._heartbeat.pulse.tokens, NOT_HELD),
@@ -126,35 +135,39 @@ class LiveSupervisor:
             "distance": self._ladder.distance.copy(),
             "in_force": self._decider.before().replicas.copy(),
             "demand": observation.demand,
+            **_told(holds, yielded, np.full(len(holds), np.nan)),
+            **self._counterfactuals.own(settled, observation),
             **peers,
         }
         return replace(decision, settled=settled, reasons=reasons, outcome=outcome, details=details)
 
     def permitted(self, decision: Decision) -> Decision:
-        """Orders, kill switch, leases and the decision's age, asked again at the last moment."""
+        """The same question again at the last moment, with the newest orders and a recent look at the world.
+
+        What was only advised stays so. The world is looked at in every tick, also in one that could not measure
+        anything: who edits, who owns and what is paid for does not hang on measurements.
+        """
         self._heartbeat.hear()
-        modes = self._modes()
-        late = self._clock.now_s - self._began_s > self.spec.max_decision_age_s
-        every = np.ones(len(self.services), bool)
-        stops = (
-            (self._killed(), Reason.KILL_SWITCH),
-            (modes == Mode.PAUSED, Reason.PAUSED),
-            (~self.leading(), Reason.NOT_LEADER),
-            (every & late, Reason.OVERDUE),
-        )
-        outcome, reasons = decision.outcome, decision.reasons
-        for rows, reason in stops:
-            rows = rows & (outcome != Outcome.ADVISED)
-            reasons = np.where(rows, reasons | int(reason), reasons)
-            outcome = np.where(rows, Outcome.HELD, outcome)
-        outcome = np.where((outcome != Outcome.HELD) & (modes == Mode.ADVISE), Outcome.ADVISED, outcome)
-        return replace(decision, outcome=outcome, reasons=reasons)
+        asked = decision.outcome != Outcome.ADVISED
+        acts, seen = (asked & (decision.outcome != Outcome.HELD)).any(), self._world.readings != self._readings
+        if acts or not seen:
+            self._world.recent(self.spec.max_reading_age_s if seen else 0.0)
+            self._look()
+        permission = self.authority.ask(self._began_s)
+        reasons = np.where(asked, decision.reasons | permission.reasons, decision.reasons)
+        outcome = np.where(asked & permission.stopped, Outcome.HELD, decision.outcome)
+        outcome = np.where((outcome != Outcome.HELD) & (permission.modes == Mode.ADVISE), Outcome.ADVISED, outcome)
+        told = _told(self.authority.holds(permission), decision.details["hold"], decision.details["hold_until_s"])
+        return replace(decision, outcome=outcome, reasons=reasons, details={**decision.details, **told})
 
     def finish(self, decision: Decision, seconds: dict[str, float]) -> None:
         """Remember what was carried out."""
+        self._readings = self._world.readings
         done = (decision.outcome == Outcome.SCALED) | (decision.outcome == Outcome.UNCHANGED)
         failed = (decision.reasons & int(Reason.ACTUATION_FAILED)) != 0
-        self._edits.carried_out(decision.settled.replicas, self._world().replicas_target, done, failed)
+        self.revalidation.keep(failed | ((decision.reasons & int(Reason.DRAINING)) != 0))
+        in_force, wrote = self._world.last.replicas_target, self._world.wrote()
+        self._edits.carried_out(decision.settled.replicas, in_force, wrote, done, failed, self._clock.now_s)
         self._on_finish(decision, seconds)
 
     # Durable state
@@ -172,52 +185,49 @@ class LiveSupervisor:
         """Nobody knows whether the last targets of the masked services were carried out."""
         self._edits.forget(rows)
 
-    # Reasons to stop
+    # Who acts
 
     def leading(self) -> Bools:
         """(n,) services that are this controller's to act on."""
-        return self._heartbeat.leading() & self.brought_back
+        return self.authority.leading()
 
-    def _modes(self) -> npt.NDArray[Any]:
-        return np.array([mode.value for mode in self._heartbeat.pulse.modes])
+    def holds(self) -> list[Hold | None]:
+        """(n,) what forbids each service to be written now; None where nothing does."""
+        return self.authority.holds()
 
-    def _acting(self) -> Bools:
-        acting = (
-            (self._modes() == Mode.ACT)
-            & self.leading()
-            & ~self._killed()
-            & ~self._edited()
-            & ~self._owned()
-            & ~self._unread()
-        )
-        return np.asarray(acting, bool)
+    def _look(self) -> FleetState:
+        """Look for edits in the last reading; what it said."""
+        world = self._world.last
+        self._edits.look(world.replicas_target, self._clock.now_s, self.authority.orders(), world.edits_put_back)
+        return world
 
-    def _stops(self, modes: npt.NDArray[Any]) -> list[tuple[Bools, Reason]]:
-        acting = modes == Mode.ACT
+    def _yield(self, decision: Decision, observation: Observation, decided: Bools) -> list[str]:
+        """End the holds of edits that leave objectives missed where more is asked for; (n,) which were, in words."""
+        ended = np.zeros(len(self.services), bool)
+        if self.spec.edit_hold_yields_to_slo:
+            standing = self._edits.standing(self._clock.now_s, self.authority.orders())
+            snapshot = observation.snapshot
+            unserved = (sum_pools(snapshot.replicas_ready) == 0) & (snapshot.arrival_rps > 0)
+            missed = (burning(observation, self._decider.fleet) | unserved) & ~observation.blind
+            more = any_pool(decision.settled.replicas > self._decider.before().replicas)
+            ended = standing & missed & more & decided
+            self._edits.end(ended)
         return [
-            (~self.leading(), Reason.NOT_LEADER),
-            (self._killed(), Reason.KILL_SWITCH),
-            (np.asarray(modes == Mode.PAUSED, bool), Reason.PAUSED),
-            (self._owned() & acting, Reason.OTHER_AUTOSCALER),
-            (self._unread() & acting, Reason.OWNER_UNKNOWN),
-            (self._edited() & acting, Reason.FOREIGN_EDIT),
+            f"replicas were set to {self._edits.value(row)}, which is left alone no longer: objectives are missed"
+            if yields
+            else ""
+            for row, yields in enumerate(ended.tolist())
         ]
 
-    def _killed(self) -> Bools:
-        return np.array([bool(reason) for reason in self._heartbeat.killed()], bool)
 
-    def _owned(self) -> Bools:
-        return np.array([bool(owner) for owner in self._world().owners], bool)
-
-    def _unread(self) -> Bools:
-        """(n,) where nobody knows whether another autoscaler acts: what cannot be read forbids."""
-        rows = np.zeros(len(self.services), bool)
-        rows[list(self._world().owners_unread)] = True
-        return rows
-
-    def _edited(self) -> Bools:
-        """(n,) where somebody's edit is to be left alone."""
-        return self._edits.standing(self._clock.now_s, self._ordered_s())
-
-    def _ordered_s(self) -> Floats:
-        return np.asarray(self._heartbeat.pulse.ordered_s)
+def _told(holds: Sequence[Hold | None], words: Iterable[str], until_s: Floats) -> dict[str, npt.NDArray[Any]]:
+    """Holds for the record, (n,) each; `words` and `until_s` where there is none."""
+    return {
+        "hold": np.array([word if hold is None else hold.detail for hold, word in zip(holds, words, strict=True)]),
+        "hold_until_s": np.array(
+            [
+                end if hold is None else np.nan if hold.until_s is None else hold.until_s
+                for hold, end in zip(holds, until_s, strict=True)
+            ]
+        ),
+    }

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from autoscaler.hosting.config import LiveConfig
     from autoscaler.records.database import Database
 
-Config = Annotated[Path, typer.Option("--config", envvar="JEVONS_CONFIG", help="Live configuration, YAML.")]
+ENVVAR = "JEVONS_CONFIG"
+Config = Annotated[Path, typer.Option("--config", envvar=ENVVAR, help="Live configuration, YAML.")]
+Configs = Annotated[list[Path], typer.Option("--config", envvar=ENVVAR, help="Live configuration, YAML; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -24,6 +24,7 @@ def explain(
     """Say in words what was seen, proposed, settled and done, and why."""
     from autoscaler.records.explain import explained, in_words
     from autoscaler.records.ticks import read_outcome, read_ticks
+    from policies.redaction import shown
 
     loaded, database = opened(config)
     spec = next((spec for spec in loaded.services if spec.service == service), None)
@@ -36,7 +37,8 @@ def explain(
     outcome, reasons = read_outcome(database, ticks[0].id, service)
     pools = [pool.label for pool in spec.pools]
     found = explained(ticks[0], service, outcome, reasons, pools)
-    typer.echo(json.dumps(found, indent=1) if as_json else in_words(found))
+    words = "\n".join(shown(line) for line in in_words(found).split("\n"))  # a hold names what others have named
+    typer.echo(json.dumps(found, indent=1) if as_json else words)
 
 
 def replay(

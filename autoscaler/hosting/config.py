@@ -6,37 +6,38 @@ it may do. This module must not start anything.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from autoscaler.actuators.base import pools_of
 from autoscaler.actuators.build import ActuatorConfig, CompositeConfig
 from autoscaler.actuators.haproxy import EVERY, HAProxyConfig
 from autoscaler.actuators.kubernetes import KubernetesConfig
 from autoscaler.authority.controls import Mode
+from autoscaler.authority.heartbeat import HEAR_S
 from autoscaler.authority.leases import LeaseSpec
 from autoscaler.authority.supervision import SupervisionSpec
 from autoscaler.hosting.decision_log import LogFormat
 from autoscaler.hosting.exposition import ExpositionConfig
 from autoscaler.metrics.client import PrometheusConfig
-from autoscaler.records.database import RecordsConfig, database_file, expand_secrets
+from autoscaler.records.database import RecordsConfig, database_file
 from autoscaler.versions.follower import PolicyConfig
 from autoscaler.versions.ladder import LadderSpec
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml
+from policies.names import Name, checked_name
+from policies.secret_url import Url
 from policies.spec import ScalingSpec, load_spec, resolve_engines
-
-NAME = r"^[a-z0-9]([-a-z0-9]{0,60}[a-z0-9])?$"
 
 
 class RayConfig(StrictModel):
     """The Ray cluster that hosts the controller."""
 
-    address: str | None = Field(
+    address: Url | None = Field(
         default=None, description="Cluster to join, such as auto or ray://HOST:10001; started on this host when unset."
     )
-    namespace: str = Field(default="jevons", description="Namespace of the actors' names.")
+    namespace: Name = Field(default="jevons", description="Namespace of the actors' names.")
     dashboard_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port of the dashboard on loopback when the cluster is started here."
     )
@@ -45,32 +46,44 @@ class RayConfig(StrictModel):
     )
 
 
+SPARE_S = 0.5
+"""What a reading may take besides its waits, seconds."""
+
+
 class StageLimits(StrictModel):
     """How long each stage of a tick may take, seconds; what takes longer is left behind and the decision held."""
 
-    read_s: Positive = Field(default=8.0, description="Metrics and the state of the cluster.")
+    read_s: Positive = Field(default=10.0, description="Metrics and, at the same time, the state of the cluster.")
+    decide_s: Positive = Field(default=5.0, description="One policy's answer; one that is late is not asked again.")
     record_s: Positive = Field(default=5.0, description="The write before acting.")
+    permit_s: Positive = Field(default=12.0, description="Asking once more, before acting, who may act.")
     act_s: Positive = Field(default=20.0, description="Carrying targets out.")
     conclude_s: Positive = Field(default=5.0, description="The write after acting.")
     route_s: Positive = Field(default=10.0, description="Routing requests to the replicas that there are.")
+    announce_s: Positive = Field(default=2.0, description="Events about what was done.")
+
+    @property
+    def all_s(self) -> float:
+        """Seconds that a tick may take when every stage needs its whole limit."""
+        return self.decide_s + sum(self.by_stage().values())
 
     def by_stage(self) -> dict[str, float]:
-        """Limits by the names that the controller uses."""
+        """Limits of the stages that wait for something outside, by the names that the controller uses."""
         return {
             "read": self.read_s,
             "record": self.record_s,
+            "permit": self.permit_s,
             "act": self.act_s,
             "conclude": self.conclude_s,
             "route": self.route_s,
+            "announce": self.announce_s,
         }
 
 
 class LiveConfig(StrictModel):
     """Everything that one live controller needs to know."""
 
-    name: Annotated[str, Field(pattern=NAME)] = Field(
-        default="jevons", description="Name of the controller: lower-case letters, digits and hyphens."
-    )
+    name: Name = Field(default="jevons", description="Name of the controller.")
     services: Annotated[tuple[ScalingSpec, ...], Field(min_length=1)] = Field(
         description="Scaling specs: paths of YAML files, or their contents."
     )
@@ -103,6 +116,11 @@ class LiveConfig(StrictModel):
     @model_validator(mode="after")
     def _one_rhythm(self) -> LiveConfig:
         names = [spec.service for spec in self.services]
+        for place, name in enumerate(names):  # it goes into commands, paths and queries
+            try:
+                checked_name(name)
+            except ValueError as error:
+                raise ValueError(f"services.{place}.service: {error}, got {name!r:.60}") from None
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise ValueError(f"services: {twice[0]!r} is there twice; every service needs its own name")
@@ -115,6 +133,24 @@ class LiveConfig(StrictModel):
                 raise ValueError(
                     f"services: {spec.service!r} has another interface or other guardrails than {first.service!r}; "
                     "put it into a file of its own"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _readings_end_in_time(self) -> LiveConfig:
+        """A stage that ends before its servers' own deadlines would lose the whole reading to one that is slow."""
+        state = {f"actuator.{field}": wait_s for field, wait_s in self.actuator.waits_s().items()}
+        for field, limit_s, besides_s, waits_s in (
+            ("read_s", self.limits.read_s, SPARE_S, {"metrics.deadline_s": self.metrics.deadline_s}),
+            ("read_s", self.limits.read_s, SPARE_S, state),
+            ("permit_s", self.limits.permit_s, SPARE_S + HEAR_S, state),
+        ):
+            needed_s = sum(waits_s.values()) + besides_s
+            if waits_s and needed_s > limit_s:
+                waits = " and ".join(f"{name} of {wait_s:g} s" for name, wait_s in waits_s.items())
+                raise ValueError(
+                    f"limits.{field}: {limit_s:g} s is too short for {waits}; set it to {needed_s:g} or more, or lower "
+                    "what it has to hold"
                 )
         return self
 
@@ -132,12 +168,36 @@ class LiveConfig(StrictModel):
         unknown = sorted(set(part.route) - {EVERY} - {spec.service for spec in self.services})
         if unknown:
             raise ValueError(f"actuator.batch_cap.route: there is no service {unknown[0]!r}")
+        owners: dict[str, str] = {}
+        for pool in (one for one in pools_of(self.services) if part.routes(one.service)):
+            backend = part.backend_of(pool)
+            owner = owners.setdefault(backend, pool.service)
+            if owner != pool.service:
+                raise ValueError(
+                    f"actuator.batch_cap.route: {owner!r} and {pool.service!r} have one backend, {backend!r}; each "
+                    "would take the other's replicas out of it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _every_bundle_is_signed(self) -> LiveConfig:
+        unchecked = [one for one in (self.fallback, *self.counterfactuals) if one.partition(":")[0].endswith(".zip")]
+        if self.policy.trusted_keys and unchecked:
+            raise ValueError(
+                f"policy.trusted_keys: {unchecked[0]!r} is a bundle whose signature nobody checks; only "
+                "policy.reference and policy.challenger may name bundles"
+            )
         return self
 
     @property
     def interval_s(self) -> float:
         """Seconds between two ticks."""
         return self.services[0].interface.window.control_interval_s
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds without the end of a tick after which the loop counts as standing still."""
+        return 2.0 * self.interval_s + self.limits.all_s
 
     @model_validator(mode="after")
     def _a_shard_each(self) -> LiveConfig:
@@ -153,17 +213,18 @@ class LiveConfig(StrictModel):
             ConfigError: when a secret is not set.
         """
         try:
-            return expand_secrets(self.records.url, dict(os.environ))
+            return self.records.url.reveal()
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"records.url {error}") from None
 
     def located(self, folder: Path) -> LiveConfig:
         """The same with every path that the controller writes made absolute, relative to `folder`."""
         file = database_file(self.records.url)
         records = self.records
         if file is not None and not file.is_absolute():
-            records = records.model_copy(update={"url": f"sqlite:///{(folder / file).resolve()}"})
-        policy = self.policy.model_copy(update={"cache": folder / self.policy.cache})
+            records = records.model_copy(update={"url": Url(f"sqlite:///{(folder / file).resolve()}")})
+        keys = tuple(folder / key for key in self.policy.trusted_keys)
+        policy = self.policy.model_copy(update={"cache": folder / self.policy.cache, "trusted_keys": keys})
         if policy.reference.endswith(".zip"):
             policy = policy.model_copy(update={"reference": str((folder / policy.reference).resolve())})
         paths = {
@@ -171,13 +232,17 @@ class LiveConfig(StrictModel):
         }
         return self.model_copy(update={"records": records, "policy": policy, **paths})
 
+    def shard_name(self, index: int) -> str:
+        """Name of one shard for people."""
+        return self.name if self.shards == 1 else f"{self.name}-{index}"
+
     def shard(self, index: int) -> tuple[ScalingSpec, ...]:
         """The services of one shard, in their order; every service belongs to exactly one."""
         return self.services[index :: self.shards]
 
 
 def load_live_config(path: Path) -> LiveConfig:
-    """Read a live configuration; paths in it are relative to the file, except those that the controller writes.
+    """Read a live configuration; specs and engines are relative to the file, all other paths to the working folder.
 
     Raises:
         ConfigError: with the file, the field and what was expected.
@@ -189,11 +254,11 @@ def load_live_config(path: Path) -> LiveConfig:
 
 
 def _service(item: object, path: Path, place: int) -> object:
-    if isinstance(item, str):
-        return load_spec(path.parent / item)
-    if isinstance(item, dict):
-        try:
+    try:
+        if isinstance(item, str):
+            return load_spec(path.parent / item)
+        if isinstance(item, dict):
             return {**item, "pools": resolve_engines(item.get("pools"), path.parent)}
-        except ConfigError as error:
-            raise ConfigError(f"{path}: services.{place}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: field services.{place}: {error}") from None
     return item

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from autoscaler.problem_texts import kind
 from policies.contract import Decision, Outcome, Reason
 from policies.pool_arrays import any_pool
+from policies.redaction import redacted, scrubbed, shown
 
 LOG = logging.getLogger("jevons")
 LogFormat = Literal["text", "json"]
@@ -36,13 +38,25 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps(scrubbed(line))
+
+
+class TextLines(logging.Formatter):
+    """One line of text per record, and a traceback where there is one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        """The line."""
+        return shown(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the library's name
+        """The traceback."""
+        return redacted(super().formatException(ei))
 
 
 def configure_logging(form: LogFormat) -> None:
     """Send the log of this process to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(TEXT))
+    handler.setFormatter(JsonLines() if form == "json" else TextLines(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -58,7 +72,7 @@ class DecisionLog:
         self._services = tuple(services)
         self._pools = tuple(tuple(names) for names in pools)
         self._last: Decision | None = None
-        self._problems: frozenset[str] = frozenset()
+        self._problems: dict[str, str] = {}
 
     def decided(self, decision: Decision) -> None:
         """A line for each service whose outcome, reasons or target differ from those of the last tick."""
@@ -76,13 +90,18 @@ class DecisionLog:
             LOG.info(_sentence(fields), extra={"fields": fields})
 
     def troubled(self, problems: Iterable[str]) -> None:
-        """A line for each problem that was not there at the last tick, and for each that is gone."""
-        now = frozenset(problems)
-        for problem in sorted(now - self._problems):
-            LOG.warning(problem)
-        for problem in sorted(self._problems - now):
-            LOG.info("no longer: %s", problem)
-        self._problems = now
+        """A line for each problem that was not there at the last tick, and for each that is gone.
+
+        One whose times and measured values change is the same one.
+        """
+        now: dict[str, str] = {}
+        for problem in sorted(problems):
+            now.setdefault(kind(problem), problem)
+        for one in sorted(now.keys() - self._problems.keys()):
+            LOG.warning(now[one])
+        for one in sorted(self._problems.keys() - now.keys()):
+            LOG.info("no longer: %s", self._problems[one])
+        self._problems = {one: self._problems.get(one, problem) for one, problem in now.items()}
 
     def _fields(self, decision: Decision, row: int) -> dict[str, Any]:
         def by_pool(values: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from prometheus_client.core import (
 )
 from pydantic import Field
 
-from policies.contract import Decision, Floats, Outcome, Reason
+from autoscaler.actuators.base import FleetState
+from policies.contract import Bools, Decision, Floats, Outcome, Reason
 from policies.cost_meter import CostMeter
 from policies.cost_rates import cost_rates, served_tps
 from policies.engine import StrictModel
@@ -54,8 +55,10 @@ class Exposition:
         fleet: prices.
         overhead_rate: (n,) share of the GPU bill.
         meter: the bill.
+        leading: (n,) services whose bill so far is here; of the others another controller shows it.
         version: policy version in use.
         failures: how often each stage of a tick has failed.
+        implausible: how often a measurement was impossible, by service and signal.
         registry: where to register.
     """
 
@@ -66,16 +69,20 @@ class Exposition:
         fleet: Fleet,
         overhead_rate: Floats,
         meter: CostMeter,
+        leading: Callable[[], Bools],
         version: Callable[[], str],
         failures: Callable[[], Mapping[str, int]],
+        implausible: Callable[[], Mapping[tuple[str, str], int]],
         registry: CollectorRegistry,
     ) -> None:
         self._services = tuple(services)
         self._pools = tuple(tuple(names) for names in pools)
         self._fleet = fleet
         self._overhead_rate = overhead_rate
+        self._leading = leading
         self._version = version
         self._failures = failures
+        self._implausible = implausible
         self._lock = threading.Lock()
         self._decision: Decision | None = None
         n = len(fleet)
@@ -83,14 +90,16 @@ class Exposition:
         self._outcomes = {outcome: np.zeros(n, np.int64) for outcome in Outcome}
         self._held_by = {reason: np.zeros(n, np.int64) for reason in Reason if reason}
         self._latency: dict[str, Floats] = {}  # counts by edge, then the count and the sum of all
+        self._stuck_paid: Floats = np.zeros(fleet.exists.shape)  # replicas that hold their GPUs and never get ready
         registry.register(self)
 
-    def publish(self, decision: Decision, seconds: dict[str, float], now_s: float) -> None:
-        """Take over a tick that finished at `now_s`."""
+    def publish(self, decision: Decision, seconds: dict[str, float], now_s: float, counted: FleetState) -> None:
+        """Take over a tick that finished at `now_s`, after which the actuator had `counted` so many replicas."""
         held = decision.outcome == Outcome.HELD
         with self._lock:
             self._decision = decision
-            self.meter.add(decision.snapshot, now_s)
+            self._stuck_paid = np.broadcast_to(counted.replicas_stuck_paid, self._fleet.exists.shape)
+            self.meter.add(decision.snapshot, now_s, counted, self._stuck_paid)
             for outcome, counts in self._outcomes.items():
                 counts += decision.outcome == outcome
             for reason, held_counts in self._held_by.items():
@@ -98,6 +107,11 @@ class Exposition:
             for stage, spent_s in seconds.items():
                 spent = self._latency.setdefault(stage, np.zeros(len(LATENCY_EDGES_S) + 2))
                 spent += np.array([*(spent_s <= edge for edge in LATENCY_EDGES_S), 1.0, spent_s])
+
+    def forget(self) -> None:
+        """Nothing is decided here any more: counters stay, gauges go."""
+        with self._lock:
+            self._decision = None
 
     def collect(self) -> Iterable[Metric]:
         """The families, as of the last tick."""
@@ -113,7 +127,7 @@ class Exposition:
 
     def _gauges(self, decision: Decision) -> Iterable[Metric]:
         snapshot, fleet = decision.snapshot, self._fleet
-        usd_per_s, token_tps = cost_rates(snapshot, fleet, self._overhead_rate)
+        usd_per_s, token_tps = cost_rates(snapshot, fleet, self._overhead_rate, self._stuck_paid)
         seen_s = float(np.max(snapshot.time_s)) if len(snapshot) else math.nan
         stamp = GaugeMetricFamily("jevons_last_tick_timestamp_seconds", "Time of the last snapshot.")
         stamp.add_metric([], seen_s)
@@ -131,6 +145,7 @@ class Exposition:
             ),
             "jevons_ttft_attainment_ratio": ("Share of first tokens within the objective.", snapshot.ttft_attainment),
             "jevons_tpot_attainment_ratio": ("Share of requests within the TPOT objective.", snapshot.tpot_attainment),
+            "jevons_attainment_target_ratio": ("Share that is promised to be within both.", fleet.attainment_target),
             "jevons_queue_requests": ("Requests that wait in front of the batch cap.", snapshot.queue_requests),
         }
         if "demand" in decision.details:
@@ -161,16 +176,19 @@ class Exposition:
             "jevons_target_replicas": ("Replicas asked for in the cluster.", snapshot.replicas_target),
             "jevons_ready_replicas": ("Replicas that serve.", snapshot.replicas_ready),
             "jevons_starting_replicas": ("Replicas that start.", snapshot.replicas_starting),
+            "jevons_min_replicas": ("Fewest replicas that are allowed.", fleet.min_replicas),
+            "jevons_max_replicas": ("Most replicas that are allowed.", fleet.max_replicas),
         }
         for name, (text, pool_values) in by_pool.items():
             yield self._pool_family(GaugeMetricFamily(name, text, labels=["service", "pool"]), pool_values)
 
     def _counters(self) -> Iterable[Metric]:
-        labels = ["service", "pool"]
+        # A bill that began at 0 here and goes on where it was would count as spent anew by whoever takes increases.
+        labels, own = ["service", "pool"], self._leading()[:, np.newaxis]
         usd = CounterMetricFamily("jevons_cost_usd", "Provisioned dollars, overhead included.", labels=labels)
-        yield self._pool_family(usd, self.meter.usd)
+        yield self._pool_family(usd, np.where(own, self.meter.usd, np.nan))
         tokens = CounterMetricFamily("jevons_tokens", "Prompt and output tokens of finished requests.", labels=labels)
-        yield self._pool_family(tokens, self.meter.tokens)
+        yield self._pool_family(tokens, np.where(own, self.meter.tokens, np.nan))
         outcomes = CounterMetricFamily("jevons_decisions", "Decisions by outcome.", labels=["service", "outcome"])
         for outcome, counts in self._outcomes.items():
             for row in np.flatnonzero(counts).tolist():
@@ -185,6 +203,14 @@ class Exposition:
         for stage, count in self._failures().items():
             failed.add_metric([stage], float(count))
         yield failed
+        odd = CounterMetricFamily(
+            "jevons_implausible_values",
+            "Measurements that cannot be, and so count as missing.",
+            labels=["service", "signal"],
+        )
+        for names, count in dict(self._implausible()).items():
+            odd.add_metric(names, float(count))
+        yield odd
         latency = HistogramMetricFamily(
             "jevons_stage_seconds", "Time that each stage of a tick took.", labels=["stage"]
         )

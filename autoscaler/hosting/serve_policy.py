@@ -16,12 +16,13 @@ This module must not know how targets are decided.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from policies.json_text import read_json
 
 TARGETS_FILE_VARIABLE = "JEVONS_TARGETS_FILE"
 """Environment variable that names the file, in the environment of Serve's controller."""
@@ -54,7 +55,7 @@ def read_targets(file: Path) -> Targets:
         status = file.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if _cache.targets is None or _cache.file != file or _cache.stamp != stamp:
-            _cache.targets = json.loads(file.read_text(encoding="utf-8"))
+            _cache.targets = read_json(file.read_text(encoding="utf-8"))
             _cache.file, _cache.stamp = file, stamp
     except (OSError, ValueError):
         _cache.targets = None
@@ -90,5 +91,5 @@ def _followed(entry: Any) -> int | None:
     try:
         age_s = time.time() - float(entry["time_s"])
         return int(entry["replicas"]) if -MAX_AGE_S <= age_s <= MAX_AGE_S else None
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from autoscaler.controller import not_acted
-from policies.atomic_files import write_whole
+from policies.atomic_files import write_text
 from policies.contract import Decision
 
 
@@ -45,11 +46,9 @@ class TargetsFile:
                     for column, pool in enumerate(self._pools[row])
                 }
         try:
-            write_whole(self.path, self._write)
+            with suppress(FileExistsError):  # a file, which the next line names
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self._targets))
             self.problem = ""
         except OSError as error:
             self.problem = str(error)
-
-    def _write(self, partial: Path) -> None:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(self._targets), encoding="utf-8")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autoscaler.actuators.base import PoolName, pools_of
+from autoscaler.actuators.base import pools_of
+from autoscaler.actuators.starts import StartTimes
 from policies.contract import BOOT_BINS, Floats
 from policies.spec import ScalingSpec
 
@@ -27,7 +28,7 @@ class BootLedger:
     def __init__(self, specs: Sequence[ScalingSpec]) -> None:
         self._pools = pools_of(specs)
         self._cold_start_s = {pool: specs[pool.row].pools[pool.column].start.total_s for pool in self._pools}
-        self._since: dict[PoolName, list[float]] = {pool: [] for pool in self._pools}
+        self._times = {pool: StartTimes() for pool in self._pools}
         self._shape = (len(specs), max(len(spec.pools) for spec in specs))
 
     def bins(self, starting: Floats, missing: np.ndarray, now_s: float) -> Floats:
@@ -38,12 +39,9 @@ class BootLedger:
             if missing[at]:
                 counts[at] = np.nan
                 continue
-            since, wanted = self._since[pool], int(starting[at])
-            if not since and not wanted:
+            left_s = self._cold_start_s[pool] - self._times[pool].ages_s(int(starting[at]), now_s)
+            if not len(left_s):
                 continue
-            del since[: max(0, len(since) - wanted)]
-            since.extend([now_s] * (wanted - len(since)))
-            left_s = self._cold_start_s[pool] - (now_s - np.array(since))
             places = np.searchsorted(BOOT_EDGES_S, left_s, "right")
             counts[at] = np.bincount(places, minlength=BOOT_BINS)
         return counts

@@ -1,60 +1,67 @@
-"""Which metric of which server says what: one table, from signal to metric names, and the PromQL made from it.
+"""Which metric of which server says what: one table, from signal to metric names and how they add up.
 
 A metric name that does not exist is no error to Prometheus: the query answers nothing. Names therefore live in one
 table with their older spellings, the rendered queries have goldens, and `jevons check` asks the live server for each.
-
-Every candidate is looked up with ``or`` inside the aggregation, series by series, the current name first: in the
-middle of a rollout some replicas speak the old name and some the new, and all of them count, each once.
-This module must not know how queries are sent.
+This module must not know PromQL, nor how queries are sent.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Shape = Literal["sum", "mean", "max", "rate", "bucket_rate"]
+Series = Literal["last", "average", "rate", "bucket_rate"]
+Combine = Literal["sum", "avg", "max"]
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One quantity that a snapshot needs, and how the replicas' series become one number for a service.
+    """One quantity that a snapshot needs, and how series become one number for a service.
+
+    A *target* is what Prometheus scrapes: one replica of an engine, one instance of a gateway. It may have several
+    series of a metric, one for each of its *ranks* (data-parallel engines, processes, workers, served models).
 
     Attributes:
-        shape: how series are combined; `rate` and `bucket_rate` are sums of rates per second.
+        series: what is made of one series over the window: its last sample, the mean of its samples, or its rate.
+        ranks: how the ranks of a target become the target's number.
+        targets: how targets become the service's number.
         per_pool: whether it is kept apart by pool.
         needed: whether a service can't be scaled safely without it.
         meaning: in words, for `jevons check`.
     """
 
-    shape: Shape
+    series: Series
+    ranks: Combine
+    targets: Combine
     per_pool: bool
     needed: bool
     meaning: str
 
 
 SIGNALS: dict[str, Signal] = {
-    "running": Signal("sum", True, True, "requests in the engines' batches"),
-    "waiting": Signal("sum", True, False, "requests queued inside the engines"),
-    "kv_cache_usage": Signal("mean", True, False, "share of KV blocks in use"),
-    "generation": Signal("rate", False, True, "tokens generated per second"),
-    "prompt": Signal("rate", False, False, "prompt tokens processed per second, cache hits included"),
-    "cached": Signal("rate", False, False, "prompt tokens taken from the prefix cache per second"),
-    "finished": Signal("rate", False, False, "requests finished per second"),
-    "prompt_sum": Signal("rate", False, False, "prompt tokens of finished requests per second"),
-    "output_sum": Signal("rate", False, False, "output tokens of finished requests per second"),
-    "length_count": Signal("rate", False, False, "finished requests whose lengths were counted, per second"),
-    "ttft_bucket": Signal("bucket_rate", False, False, "first tokens per second by time to first token"),
-    "tpot_bucket": Signal("bucket_rate", False, False, "requests or tokens per second by time per output token"),
-    "arrival": Signal("rate", False, False, "requests that reached the gateway per second"),
-    "queue": Signal("sum", False, False, "requests waiting at the gateway"),
-    "queue_wait": Signal("max", False, False, "mean wait at the gateway, seconds"),
-    "batch_cap": Signal("max", False, False, "requests admitted per replica"),
-    "replicas_target": Signal("max", True, False, "replicas asked for"),
-    "replicas_ready": Signal("max", True, False, "replicas ready"),
+    "running": Signal("last", "sum", "sum", True, True, "requests in the engines' batches"),
+    "waiting": Signal("last", "sum", "sum", True, False, "requests queued inside the engines"),
+    "kv_cache_usage": Signal("last", "avg", "avg", True, False, "share of KV blocks in use"),
+    "generation": Signal("rate", "sum", "sum", False, True, "tokens generated per second"),
+    "prompt": Signal("rate", "sum", "sum", False, False, "prompt tokens processed per second, cache hits included"),
+    "cached": Signal("rate", "sum", "sum", False, False, "prompt tokens taken from the prefix cache per second"),
+    "finished": Signal("rate", "sum", "sum", False, False, "requests finished per second"),
+    "prompt_sum": Signal("rate", "sum", "sum", False, False, "prompt tokens of finished requests per second"),
+    "output_sum": Signal("rate", "sum", "sum", False, False, "output tokens of finished requests per second"),
+    "length_count": Signal("rate", "sum", "sum", False, False, "finished requests with counted lengths, per second"),
+    "ttft_bucket": Signal("bucket_rate", "sum", "sum", False, False, "first tokens per second by TTFT"),
+    "tpot_bucket": Signal("bucket_rate", "sum", "sum", False, False, "requests or tokens per second by TPOT"),
+    "arrival": Signal("rate", "sum", "sum", False, False, "requests that reached the gateway per second"),
+    "queue": Signal("last", "sum", "sum", False, False, "requests waiting at the gateway"),
+    "queue_mean": Signal("average", "sum", "sum", False, False, "requests waiting at the gateway, mean of the window"),
+    "batch_cap": Signal("last", "max", "max", False, False, "requests admitted per replica"),
+    "replicas_target": Signal("last", "max", "max", True, False, "replicas asked for"),
+    "replicas_ready": Signal("last", "max", "max", True, False, "replicas ready"),
 }
+
+COPIES: dict[str, tuple[str, ...]] = {"sglang": ("tp_rank", "pp_rank", "moe_ep_rank")}
+"""Labels of ranks that serve the same requests together, by engine: each reports the same, so one of them counts."""
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -76,7 +83,8 @@ ENGINES: dict[str, Names] = {
         "kv_cache_usage": _vllm("kv_cache_usage_perc", "gpu_cache_usage_perc"),
         "generation": _vllm("generation_tokens_total"),
         "prompt": _vllm("prompt_tokens_total"),
-        "cached": _vllm("prompt_tokens_cached_total", "prefix_cache_hits_total", "gpu_prefix_cache_hits_total"),
+        # Not gpu_prefix_cache_hits_total: it counted blocks.
+        "cached": _vllm("prompt_tokens_cached_total", "prefix_cache_hits_total"),
         "finished": _vllm("request_success_total"),
         "prompt_sum": _vllm("request_prompt_tokens_sum"),
         "output_sum": _vllm("request_generation_tokens_sum"),
@@ -169,7 +177,8 @@ GATEWAYS: dict[str, Gateway] = {
             "arrival": ("haproxy_backend_sessions_total",),
             # Parts of one whole: requests without a server yet, and requests that wait for a particular one.
             "queue": ("~haproxy_(backend|server)_current_queue",),
-            "queue_wait": ("haproxy_backend_queue_time_average_seconds",),
+            # HAProxy's own average is over the last 1,024 requests: without traffic it stands still for ever.
+            "queue_mean": ("~haproxy_(backend|server)_current_queue",),
             "batch_cap": ("haproxy_server_limit_sessions",),
         },
     ),
@@ -208,102 +217,3 @@ REPLICA_SOURCES: dict[str, Gateway] = {
         },
     ),
 }
-
-
-_SPELLING = re.compile(r"^(ray_)?(vllm|sglang)[:_]")
-
-
-def duration(seconds: float) -> str:
-    """A PromQL duration, exact to a millisecond."""
-    milliseconds = round(seconds * 1000)
-    return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"
-
-
-def edge_pattern(edges: Iterable[float]) -> str:
-    """A regular expression for ``le`` that finds bucket edges in either spelling of whole numbers (1 and 1.0)."""
-    spellings: dict[str, None] = {}
-    for edge in edges:
-        text = f"{edge:g}"
-        spellings[text] = None
-        if float(edge).is_integer():
-            spellings[f"{edge:.1f}"] = None
-    return "|".join([*(re.escape(text) for text in spellings), r"\+Inf"])
-
-
-def selector(candidate: str, matchers: Mapping[str, str], extra: str = "") -> str:
-    """One metric with label matchers.
-
-    Args:
-        candidate: its name, which may carry matchers of its own in braces; after a tilde, a regular expression.
-        matchers: label values that the series must have.
-        extra: one more matcher, as PromQL.
-    """
-    name, _, own = candidate.partition("{")
-    by_name = f'__name__=~"{name[1:]}"' if name.startswith("~") else f'__name__="{name}"'
-    parts = [by_name, *([own.removesuffix("}")] if own else [])]
-    parts += [f'{label}="{_quoted(value)}"' for label, value in matchers.items()]
-    if extra:
-        parts.append(extra)
-    return "{" + ",".join(parts) + "}"
-
-
-def render(
-    signal: str,
-    candidates: Sequence[str],
-    labels: Sequence[str],
-    matchers: Mapping[str, str],
-    window_s: float,
-    edges: Iterable[float] = (),
-) -> str:
-    """The query for one signal of all services.
-
-    Args:
-        signal: its name in `SIGNALS`.
-        candidates: metric names, the preferred one first.
-        labels: what the answer is grouped by.
-        matchers: label values that every series must have.
-        window_s: window of rates, seconds.
-        edges: for buckets, the edges to fetch; all of them when empty.
-    """
-    shape = SIGNALS[signal].shape
-    le = f'le=~"{_quoted(edge_pattern(edges))}"' if shape == "bucket_rate" and tuple(edges) else ""
-    series = [selector(candidate, matchers, le) for candidate in candidates]
-    # The last sample of the window: one scrape that failed makes no replica vanish.
-    function = "rate" if shape in ("rate", "bucket_rate") else "last_over_time"
-    series = [f"{function}({one}[{duration(window_s)}])" for one in series]
-    if shape == "bucket_rate":
-        series = _apart(candidates, series)
-    by = ", ".join((*labels, "le") if shape == "bucket_rate" else labels)
-    combine = {"mean": "avg", "max": "max"}.get(shape, "sum")
-    return f"{combine} by ({by}) ({' or '.join(series)})"
-
-
-def _apart(candidates: Sequence[str], series: Sequence[str]) -> list[str]:
-    """Histograms of which a target is read for one only, the first that it has.
-
-    Bucket by bucket, `or` would fill a histogram up with another one's buckets where their edges differ.
-    """
-    stems: dict[str, list[str]] = {}
-    for candidate, one in zip(candidates, series, strict=True):
-        stems.setdefault(_SPELLING.sub("", candidate), []).append(one)
-    groups = [" or ".join(group) for group in stems.values()]
-    parts = [groups[0]]
-    for place, group in enumerate(groups[1:], start=1):
-        parts.append(f"(({group}) unless ignoring (le) ({' or '.join(groups[:place])}))")
-    return parts
-
-
-def render_seen(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str], window_s: float) -> str:
-    """How many replicas' series there are."""
-    series = [f"last_over_time({selector(one, matchers)}[{duration(window_s)}])" for one in candidates]
-    return f"count by ({', '.join(labels)}) ({' or '.join(series)})"
-
-
-def render_sample_time(candidates: Sequence[str], labels: Sequence[str], matchers: Mapping[str, str]) -> str:
-    """When the newest sample was taken, seconds since the epoch. The time of an answer is that of the question."""
-    series = [f"timestamp({selector(one, matchers)})" for one in candidates]
-    return f"max by ({', '.join(labels)}) ({' or '.join(series)})"
-
-
-def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')

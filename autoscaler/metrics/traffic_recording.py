@@ -16,14 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from autoscaler.metrics import presets
-from autoscaler.metrics.client import PrometheusClient, PrometheusConfig
-from autoscaler.metrics.queries import candidates_by_signal
+from autoscaler.metrics import promql
+from autoscaler.metrics.client import PrometheusClient, PrometheusConfig, label_values
+from autoscaler.metrics.latency_histograms import Buckets, read_buckets
+from autoscaler.metrics.queries import Kind, candidates_by_signal, grouping_of
 from policies.contract import Floats
 from policies.engine import ConfigError
 
 BLOCK_S = 300.0
 """Length histograms are read over this time, seconds."""
+SUMMED_AS = "ttft_bucket"
+"""The signal whose way over ranks and targets length histograms go too."""
+LENGTHS = ("prompt_sum", "output_sum")
+"""Signals that name the length histograms."""
 HAPROXY_LINE = re.compile(
     r"\[(?P<time>\d{2}/\w{3}/\d{4}:\d{2}:\d{2}:\d{2}\.\d{3})\] \S+ (?P<backend>[^/ ]+)/(?P<server>\S+) "
     r"-?\d+/-?\d+/-?\d+/-?\d+/\+?-?\d+ (?P<status>-?\d+) "
@@ -101,30 +106,33 @@ def record(
         access_log: HAProxy's log; arrivals are then exact to a millisecond, and lengths still come from Prometheus.
 
     Raises:
-        ConfigError: when there was no request, or no length histogram is known for the engines.
+        ConfigError: when there was no request, or no length histogram is known for the engines or has anything in it.
         PrometheusQueryError: when Prometheus does not answer.
     """
     names = candidates_by_signal(config)
-    if "prompt_sum" not in names or "output_sum" not in names:
+    sums = [[one for one in names.get(signal, ((), ""))[0] if one.endswith("_sum")] for signal in LENGTHS]
+    if not all(sums):
         raise ConfigError(f"engines {', '.join(config.engines)}: no length histograms are known for them")
     client = PrometheusClient(config)
     client.log_in()
     lost = []
     try:
         if access_log is not None:
-            backend = config.gateway_names.get(service, service)
-            arrivals = read_haproxy_log(access_log, backend, start_s, end_s)
+            backends = label_values(config.gateway_names, service)
+            arrivals = read_haproxy_log(access_log, backends, start_s, end_s)
         else:
             arrivals, said = _counted(client, config, service, start_s, end_s)
             lost.append(said)
-        prompt, output = (
-            _lengths(client, config, service, _renamed(names[signal][0], "_bucket"), start_s, end_s)
-            for signal in ("prompt_sum", "output_sum")
-        )
+        prompt, output = (_lengths(client, config, service, found, start_s, end_s) for found in sums)
     finally:
         client.close()
+    between = f"between {_shown(start_s)} and {_shown(end_s)}"
     if not arrivals.count.sum():
-        raise ConfigError(f"service {service!r}: no request between {_shown(start_s)} and {_shown(end_s)}")
+        raise ConfigError(f"service {service!r}: no request {between}")
+    for lengths, found in ((prompt, sums[0]), (output, sums[1])):
+        if not lengths.counts.sum():
+            what = promql.whole_name(found[0])
+            raise ConfigError(f"service {service!r}: no finished request in the histogram {what} {between}")
     lost += [
         f"arrivals are known to {arrivals.resolution_s:.3g} s and spread evenly within that"
         if arrivals.resolution_s
@@ -136,8 +144,8 @@ def record(
     return Recording(start_s, end_s - start_s, arrivals, prompt, output, tuple(lost))
 
 
-def read_haproxy_log(file: Path, backend: str, start_s: float, end_s: float) -> Arrivals:
-    """Arrivals of one backend from lines of ``option httplog``, whatever a log daemon put in front of them.
+def read_haproxy_log(file: Path, backends: Sequence[str], start_s: float, end_s: float) -> Arrivals:
+    """Arrivals of a service's backends from lines of ``option httplog``, whatever a log daemon put in front of them.
 
     HAProxy writes local time; it is taken as UTC unless the line begins with another offset.
 
@@ -153,7 +161,7 @@ def read_haproxy_log(file: Path, backend: str, start_s: float, end_s: float) -> 
                 if found is None:
                     continue
                 read += 1
-                if found["backend"] == backend and not found["server"].startswith("<NOSRV>"):
+                if found["backend"] in backends and not found["server"].startswith("<NOSRV>"):
                     at_s = datetime.strptime(found["time"], "%d/%b/%Y:%H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
                     if start_s <= at_s < end_s:
                         times.append(at_s)
@@ -184,22 +192,28 @@ def _counted(
     """Arrivals from a counter's raw samples, all series of the service together."""
     names = candidates_by_signal(config)
     candidates: Sequence[str]
+    kind: Kind
     if "arrival" in names:
         candidates, kind = names["arrival"]
         said = "arrivals are those at the gateway"
-    else:
-        candidates, kind = _renamed(names["ttft_bucket"][0], "_count"), "engine"
+    elif "ttft_bucket" in names:
+        candidates, kind = [f"{promql.whole_name(one)}_count" for one in names["ttft_bucket"][0]], "engine"
         said = "arrivals are the times of first tokens: the engines' queues have smoothed bursts"
-    matcher = _matcher(config, service, kind)
+    else:
+        raise ConfigError(f"engines {', '.join(config.engines)}: they count no arrivals; set metrics.gateway")
+    group = grouping_of(config, kind, "arrival", [service])
+    # Who scraped does not matter, nor which of several ranks that work together: that is one counter.
+    same = {*config.scraper_labels, *group.copies}
     found: list[tuple[float, float, float]] = []
     for candidate in candidates:
         series: dict[str, list[Sequence[Any]]] = {}
         for until_s in np.arange(start_s + BLOCK_S, end_s + BLOCK_S, BLOCK_S):
             until_s = min(float(until_s), end_s)
-            # One block at a time keeps answers small; the minute before holds the sample to count from.
-            text = f"{presets.selector(candidate, config.matchers, matcher)}[{presets.duration(BLOCK_S)}]"
-            for row in client.ask(text, at_s=until_s):
-                known = series.setdefault(str(sorted(row["metric"].items())), [])
+            # One block at a time keeps answers small; what came before the very first sample is not counted.
+            text = f"{promql.selector(candidate, config.matchers, group.only)}[{promql.duration(BLOCK_S)}]"
+            for row in client.ask(text, at_s=until_s, window=True):
+                labels = {name: row["metric"][name] for name in row["metric"] if name not in same}
+                known = series.setdefault(str(sorted(labels.items())), [])
                 last = float(known[-1][0]) if known else -np.inf
                 known += [sample for sample in row["values"] if float(sample[0]) > last]
         found = [one for samples in series.values() for one in increments(samples, start_s, end_s)]
@@ -210,47 +224,39 @@ def _counted(
 
 
 def _lengths(
-    client: PrometheusClient,
-    config: PrometheusConfig,
-    service: str,
-    candidates: Sequence[str],
-    start_s: float,
-    end_s: float,
+    client: PrometheusClient, config: PrometheusConfig, service: str, sums: Sequence[str], start_s: float, end_s: float
 ) -> Lengths:
-    """Histograms block by block; a block without a finished request is empty."""
-    matcher = _matcher(config, service, "engine")
-    ends, blocks = [], []
+    """Histograms block by block, by the names of their sums; a block without a finished request is empty."""
+    group = grouping_of(config, "engine", SUMMED_AS, [service])
+    names = [f"{promql.whole_name(one)}_bucket" for one in sums]
+    row_of = dict.fromkeys(label_values(config.names, service), 0)
+    ends: list[float] = []
+    blocks: list[Buckets] = []
     until_s = start_s
     while until_s < end_s:
         span_s = min(BLOCK_S, end_s - until_s)
         until_s += span_s
-        series = " or ".join(
-            f"increase({presets.selector(name, config.matchers, matcher)}[{presets.duration(span_s)}])"
-            for name in candidates
-        )
-        cumulative = {
-            float(row["metric"]["le"]): float(row["value"][1])
-            for row in client.ask(f"sum by (le) ({series})", at_s=until_s)
-        }
+        rows = [
+            row
+            for render in (
+                promql.render,
+                promql.render_native,
+            )  # of some targets, or at some time, stored as native ones
+            for row in client.ask(render(SUMMED_AS, names, group, config.matchers, span_s), at_s=until_s)
+        ]
+        found = read_buckets(rows, config.service_label, row_of, 1, np.zeros(0))
         ends.append(until_s)
-        blocks.append(cumulative)
-    edges = np.array(sorted({edge for block in blocks for edge in block}))
-    rows = [np.diff([block.get(edge, 0.0) for edge in edges], prepend=0.0) for block in blocks]
-    return Lengths(np.array(ends), edges, np.maximum(np.array(rows).reshape(len(ends), len(edges)), 0.0))
+        blocks.append(found._replace(cumulative=found.cumulative * span_s, total=found.total * span_s))
+    edges = np.array(sorted({edge for block in blocks for edge in block.edges.tolist()}))
+    counts = [np.diff(_cumulative(block, edges), prepend=0.0) for block in blocks]
+    return Lengths(np.array(ends), np.append(edges, np.inf), np.maximum(np.array(counts), 0.0))
 
 
-def _matcher(config: PrometheusConfig, service: str, kind: str) -> str:
-    gateway = presets.GATEWAYS.get(config.gateway)
-    at_gateway = kind == "gateway" and gateway is not None
-    label = (config.gateway_label or (gateway.label if gateway else "")) if at_gateway else config.service_label
-    value = (config.gateway_names if at_gateway else config.names).get(service, service)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{label}="{escaped}"'
-
-
-def _renamed(names: Sequence[str], ending: str) -> list[str]:
-    """Another series of the same histograms."""
-    return [re.sub(r"_(bucket|sum|count)$", ending, name) for name in names]
+def _cumulative(block: Buckets, edges: Floats) -> Floats:
+    """(e + 1,) requests up to each of the edges and all of them, linear between the block's own edges."""
+    upto = np.interp(edges, np.append(0.0, block.edges), np.append(0.0, block.cumulative[0]))
+    found: Floats = np.nan_to_num(np.append(upto, block.total[0]))
+    return found
 
 
 def _shown(time_s: float) -> str:

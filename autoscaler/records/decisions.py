@@ -8,21 +8,51 @@ This module must not know how decisions are made.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
 from autoscaler.controller import RecordsUnavailable
-from autoscaler.records.database import DECISIONS, LEASES, STATES, TICKS, Arrays, Database, pack, pack_names
+from autoscaler.records.database import (
+    DECISIONS,
+    LEASES,
+    STATE_FORMAT,
+    STATES,
+    TICKS,
+    Arrays,
+    Database,
+    pack,
+    pack_names,
+    put,
+)
+from autoscaler.records.memory import TOKEN, forget_others
 from autoscaler.records.ticks import PENDING
-from policies.contract import Bools, Decision, Outcome, Snapshot
+from autoscaler.stages import left_behind
+from policies.contract import Bools, Decision, Ints, Outcome, Snapshot
 
 RETENTION_PERIOD_S = 600.0
 ROWS_PER_STATEMENT = 1000
+TICKS_PER_SWEEP = 200
+"""Old ticks that one sweep drops at most; what is left goes with the next ticks."""
+
+
+class Written(NamedTuple):
+    """Where a decision was written.
+
+    Attributes:
+        snapshot: what it is of: a conclusion that comes late must not be taken for another decision's.
+        tick: its identifier.
+        rows: places of its services.
+    """
+
+    snapshot: Snapshot
+    tick: int
+    rows: Ints
 
 
 class Records:
@@ -54,89 +84,91 @@ class Records:
     ) -> None:
         self.controller = controller
         self.services = tuple(services)
+        self._process = f"{controller} {uuid.uuid4().hex}"
         self._database = database
         self._memory = memory
         self._version = version
         self._keep_s = keep_days * 86400.0
         self._fenced = fenced
         self._now = now
-        self._tick: int | None = None
-        self._rows = np.zeros(0, np.int64)
+        self._written: Written | None = None
         self._next_sweep_s = -np.inf
         self._seconds = seconds
 
     def record(self, decision: Decision) -> None:
         """One transaction: the tick, its decisions, and the state after them. Services of others are left out."""
-        rows = self._own(decision)
-        self._tick, self._rows = None, np.flatnonzero(rows)
-        if not len(self._rows):
+        rows, self._written = np.flatnonzero(self._own(decision)), None
+        if not len(rows):
             return
-        with self._database.begin() as connection:
-            self._write_state(connection, rows)  # a write first, so that the transaction begins with the lock
-            self._check_tokens(connection, decision)
-            self._tick = self._write_tick(connection, decision)
-            connection.execute(DECISIONS.insert(), self._brief(decision, pending=True))
+        with self._database.begin(write=True) as connection:
+            self._check_tokens(connection, decision, rows)
+            self._write_state(connection, decision)
+            written = Written(decision.snapshot, self._write_tick(connection, decision, rows), rows)
+            connection.execute(DECISIONS.insert(), self._brief(decision, written, pending=True))
             if self._now() >= self._next_sweep_s:
-                self._sweep(connection)
+                self._sweep(connection, rows)
+            _in_time()
+        self._written = written
 
     def conclude(self, decision: Decision) -> None:
         """What became of it."""
-        if self._tick is None:
+        written = self._written
+        if written is None or written.snapshot is not decision.snapshot:
             return
         with self._database.begin() as connection:
             values = {"concluded": True, "seconds": self._seconds()}
-            connection.execute(TICKS.update().where(TICKS.c.id == self._tick).values(**values))
+            connection.execute(TICKS.update().where(TICKS.c.id == written.tick).values(**values))
             alike: dict[tuple[str, int], list[int]] = {}
-            for row in self._brief(decision, pending=False):
+            for row in self._brief(decision, written, pending=False):
                 alike.setdefault((row["outcome"], row["reasons"]), []).append(row["row"])
             for (outcome, reasons), places in alike.items():  # few statements, however many services
                 for first in range(0, len(places), ROWS_PER_STATEMENT):
                     mine = DECISIONS.c.row.in_(places[first : first + ROWS_PER_STATEMENT])
-                    change = DECISIONS.update().where(DECISIONS.c.tick == self._tick, mine)
+                    change = DECISIONS.update().where(DECISIONS.c.tick == written.tick, mine)
                     connection.execute(change.values(outcome=outcome, reasons=reasons))
-            self._write_state(connection, self._own(decision))
+            self._write_state(connection, decision)
+            _in_time()
 
     def _own(self, decision: Decision) -> Bools:
         tokens = decision.details.get("token")
         return np.ones(len(self.services), bool) if tokens is None else np.asarray(tokens >= 0, bool)
 
-    def _check_tokens(self, connection: sa.Connection, decision: Decision) -> None:
+    def _check_tokens(self, connection: sa.Connection, decision: Decision, rows: Ints) -> None:
         """Refuse to write beside a newer holder of a lease."""
         if not self._fenced:
             return
         tokens = decision.details["token"]
-        wanted = {self.services[row]: int(tokens[row]) for row in self._rows}
-        found = connection.execute(
-            sa.select(LEASES.c.service, LEASES.c.token).where(LEASES.c.service.in_(list(wanted)))
-        ).all()
+        wanted = {self.services[row]: int(tokens[row]) for row in rows}
+        # Locked until the commit: nobody takes a lease over between this look and what is written below it.
+        held = sa.select(LEASES.c.service, LEASES.c.token).where(LEASES.c.service.in_(list(wanted)))
+        found = connection.execute(held.order_by(LEASES.c.service).with_for_update(read=True)).all()
         newer = [row.service for row in found if row.token > wanted[row.service]]
         if newer:
             raise RecordsUnavailable(f"another controller has taken over {newer[0]}: its token is newer")
 
-    def _write_state(self, connection: sa.Connection, rows: Bools) -> None:
-        own = np.flatnonzero(rows)
-        if not len(own):
-            return
+    def _write_state(self, connection: sa.Connection, decision: Decision) -> None:
+        own = np.flatnonzero(self._own(decision))
         memory = {name: array[own] for name, array in self._memory().items()}
+        tokens = decision.details.get("token")
         values = {
-            "version": 1,
+            "controller": self._process,
+            "version": STATE_FORMAT,
             "time_s": self._now(),
             "services": pack_names(tuple(self.services[row] for row in own)),
-            "arrays": pack(memory, level=0),  # overwritten at every tick: time counts, space does not
+            # Overwritten at every tick: time counts, space does not.
+            "arrays": pack(memory if tokens is None else {**memory, TOKEN: tokens[own]}, level=0),
         }
-        mine = STATES.c.controller == self.controller
-        if connection.execute(STATES.update().where(mine).values(**values)).rowcount == 0:
-            connection.execute(STATES.insert().values(controller=self.controller, **values))
+        put(connection, STATES, values)
 
-    def _write_tick(self, connection: sa.Connection, decision: Decision) -> int:
-        arrays = {name: array[self._rows] for name, array in arrays_of(decision).items()}
+    def _write_tick(self, connection: sa.Connection, decision: Decision, rows: Ints) -> int:
+        arrays = {name: array[rows] for name, array in arrays_of(decision).items()}
         inserted = connection.execute(
             TICKS.insert().values(
                 controller=self.controller,
                 time_s=self._now(),
                 policy=f"{decision.policy} {self._version()}"[:200],
                 concluded=False,
-                services=pack_names(tuple(self.services[row] for row in self._rows)),
+                services=pack_names(tuple(self.services[row] for row in rows)),
                 arrays=pack(arrays),
                 seconds={},
             )
@@ -145,8 +177,8 @@ class Records:
         assert key is not None
         return int(key[0])
 
-    def _brief(self, decision: Decision, pending: bool) -> list[dict[str, Any]]:
-        rows, now_s = self._rows, self._now()
+    def _brief(self, decision: Decision, written: Written, pending: bool) -> list[dict[str, Any]]:
+        rows, now_s = written.rows, self._now()
         modes = decision.details["mode"][rows].tolist()
         before = decision.details["in_force"][rows].sum(axis=1).tolist()
         known = (decision.details["in_force"][rows].min(axis=1) >= 0).tolist()
@@ -156,7 +188,7 @@ class Records:
         tokens = decision.details["token"][rows].tolist()
         return [
             {
-                "tick": self._tick,
+                "tick": written.tick,
                 "row": place,
                 "service": self.services[row],
                 "time_s": now_s,
@@ -170,14 +202,29 @@ class Records:
             for place, row in enumerate(rows.tolist())
         ]
 
-    def _sweep(self, connection: sa.Connection) -> None:
-        """Drop what is older than the retention; seldom, and in the transaction of a tick."""
+    def _sweep(self, connection: sa.Connection, rows: Ints) -> None:
+        """Drop what is older than the retention; in the transaction of a tick, so never much of it at once."""
+        forget_others(connection, self._process, [self.services[row] for row in rows])
         oldest_s = self._now() - self._keep_s
-        last = connection.execute(sa.select(sa.func.max(TICKS.c.id)).where(TICKS.c.time_s < oldest_s)).scalar()
-        if last is not None:
-            connection.execute(DECISIONS.delete().where(DECISIONS.c.tick <= last))
-            connection.execute(TICKS.delete().where(TICKS.c.id <= last))
-        self._next_sweep_s = self._now() + RETENTION_PERIOD_S
+        old = sa.select(TICKS.c.id).where(TICKS.c.time_s < oldest_s).order_by(TICKS.c.id).limit(TICKS_PER_SWEEP)
+        ids = connection.execute(old).scalars().all()
+        if ids:
+            connection.execute(DECISIONS.delete().where(DECISIONS.c.tick <= ids[-1]))
+            connection.execute(TICKS.delete().where(TICKS.c.id <= ids[-1]))
+        if len(ids) < TICKS_PER_SWEEP:
+            self._next_sweep_s = self._now() + RETENTION_PERIOD_S
+
+
+def _in_time() -> None:
+    """Take a transaction back whose stage was given up: the next tick goes on without it.
+
+    To be asked last: what is written by then is locked, so that whoever comes later writes after it.
+
+    Raises:
+        RecordsUnavailable: when it was.
+    """
+    if left_behind():
+        raise RecordsUnavailable("the database: it was too late")
 
 
 OUTCOMES = {int(outcome): outcome.name.lower() for outcome in Outcome}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from autoscaler.versions.timed_answers import TimedAnswers
 from policies.contract import Floats, Observation, Policy, Target
 from policies.cost_rates import ModelledCost, modelled_cost
 from policies.decider import Decider
@@ -25,27 +26,34 @@ class Counterfactuals:
         peers: policies by the name under which they are recorded; may be exchanged between ticks.
         fleet: the services.
         overhead_rate: (n,) share of the GPU bill.
+        answers: asks the policies.
     """
 
-    def __init__(self, peers: Mapping[str, Policy], fleet: Fleet, overhead_rate: Floats) -> None:
+    def __init__(self, peers: Mapping[str, Policy], fleet: Fleet, overhead_rate: Floats, answers: TimedAnswers) -> None:
         self.peers = dict(peers)
         self.fleet = fleet
         self.overhead_rate = overhead_rate
-        self.failed: set[str] = set()
+        self.failed: dict[str, str] = {}
+        """Why a peer is left out, in words, by its name."""
+        self._answers = answers
 
-    def of(self, settled: Target, observation: Observation, decider: Decider) -> dict[str, npt.NDArray[Any]]:
-        """Arrays by ``peer NAME/replicas`` and so on, and the modelled cost of the target that was settled.
+    def own(self, settled: Target, observation: Observation) -> dict[str, npt.NDArray[Any]]:
+        """The modelled cost of the target that was settled in the end, arrays by ``own/usd_per_hour`` and so on."""
+        return self._rows("own", settled, observation)
+
+    def of_peers(self, observation: Observation, decider: Decider) -> dict[str, npt.NDArray[Any]]:
+        """Arrays by ``peer NAME/replicas`` and so on.
 
         A peer that raises is left out from then on, and named in `failed`.
         """
-        found = self._rows("own", settled, observation)
+        found: dict[str, npt.NDArray[Any]] = {}
         for name, policy in self.peers.items():
             if name in self.failed:
                 continue
             try:
-                target = decider.what_if(policy.propose(observation), observation)
-            except Exception:  # a peer is a plug-in and must not disturb the real decision
-                self.failed.add(name)
+                target = decider.what_if(self._answers.propose(policy, observation), observation)
+            except Exception as error:  # a peer is a plug-in and must not disturb the real decision
+                self.failed[name] = f"{name} is not compared any more: {type(error).__name__}: {error}"
                 continue
             found |= self._rows(f"peer {name}", target, observation)
             found[f"peer {name}/replicas"] = target.replicas

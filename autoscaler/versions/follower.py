@@ -1,44 +1,35 @@
-"""Versions of a learned policy: found under an alias or in a file, loaded and warmed, and watched on probation.
+"""Versions of a learned policy: found under an alias or in a file, loaded and warmed.
 
-The registry is asked in a thread of its own, and what it gave last is kept on the disk: while MLflow is down, even over
-a restart, the controller goes on with what it has. This is the only live module that imports MLflow.
+The registry is asked in a thread of its own. While MLflow is down, even over a restart, the controller goes on with
+what it has.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from policies.contract import Decision, Floats
-from policies.engine import NonNegative, Positive, StrictModel
+from autoscaler.background import Background
+from autoscaler.versions.probation import RollbackSpec
+from autoscaler.versions.registry import RegistryUnavailable, fetch, kept_bundle
+from autoscaler.versions.signatures import Trust
+from policies.contract import Floats
+from policies.engine import ConfigError, Positive, StrictModel
 from policies.fleet import Fleet
-from policies.learned import BundleMismatch, LearnedPolicy, PolicyBundle, load_bundle
+from policies.learned import BundleMismatch, LearnedPolicy, PolicyBundle, load_bundle, mismatch
 from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
 from policies.observation import FEATURES
-from policies.pool_arrays import nan_to_num
-from policies.spec import InterfaceSpec, Share
+from policies.secret_url import Url
+from policies.spec import InterfaceSpec
 
-BUNDLE_FILE = "policy.zip"
 WARM_ROWS = (1, 64)
-
-
-class RollbackSpec(StrictModel):
-    """When an exchanged policy gives way to the one before it."""
-
-    watch_s: NonNegative = Field(
-        default=1800.0, description="A new policy is compared with the one before for this long, seconds; 0 never."
-    )
-    min_requests: int = Field(default=500, ge=1, description="Finished requests on both sides before it is judged.")
-    attainment_loss: Share = Field(default=0.02, description="Attainment that it may lose, absolute.")
-    cost_ratio: Positive = Field(default=1.25, description="Cost per token that it may reach, as a ratio.")
+STUCK_S = 120.0
+"""A look that takes longer, for a download or a network that does not come to an end, is named."""
 
 
 class PolicyConfig(StrictModel):
@@ -55,8 +46,13 @@ class PolicyConfig(StrictModel):
     challenger: str | None = Field(
         default=None, description="A second models:/NAME@ALIAS that runs in the shadow; its targets are recorded."
     )
-    tracking_uri: str | None = Field(
+    tracking_uri: Url | None = Field(
         default=None, description="MLflow; the environment's MLFLOW_TRACKING_URI if unset."
+    )
+    trusted_keys: tuple[Path, ...] = Field(
+        default=(),
+        description="Public keys (PEM, Ed25519) of which one must have signed every bundle but the shipped one; with "
+        "none, signatures are not asked for.",
     )
     poll_s: Positive = Field(default=30.0, description="Time between two looks at the registry, seconds.")
     cache: Path = Field(default=Path("runs/live/policies"), description="Folder that keeps the last bundles.")
@@ -81,10 +77,6 @@ class Version:
         return self.policy.bundle.digest
 
 
-class RegistryUnavailable(RuntimeError):  # noqa: N818 - reads as the state that it reports
-    """Raised when the registry gives no answer, or not the bundle that it should."""
-
-
 def warmed(
     bundle: PolicyBundle, fleet: Fleet, interface: InterfaceSpec, first_price: Floats | None = None
 ) -> LearnedPolicy:
@@ -99,64 +91,40 @@ def warmed(
     return policy
 
 
-def fetch(reference: str, tracking_uri: str | None, cache: Path) -> tuple[str, Path]:
-    """Version and local bundle file that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names now, digest verified.
+def refuse_untrained(config: PolicyConfig, interface: InterfaceSpec, fallback: str) -> None:
+    """Refuse a bundle that was trained at another interval than it is to decide at; the baseline would in its place.
+
+    A bundle of a registry is looked at when it has been fetched, and one that cannot be read is a problem of its own.
+
+    Args:
+        config: what proposes targets.
+        interface: what the controller encodes and decodes.
+        fallback: the rule to name instead.
 
     Raises:
-        RegistryUnavailable: when the registry does not give it.
-        BundleMismatch: when the bundle is not the one that was registered.
+        ConfigError: naming both intervals and the rule.
     """
-    # Short waits: the follower asks again soon. An operator's own setting wins.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    import mlflow
-
-    body = reference.removeprefix(REGISTRY_PREFIX)
+    if not is_learned(config) or config.reference.startswith(REGISTRY_PREFIX):
+        return
+    path = _bundle_file(config.reference)
     try:
-        client: Any = mlflow.MlflowClient(tracking_uri)
-        if "@" in body:
-            found = client.get_model_version_by_alias(*body.split("@", 1))
-        else:
-            found = client.get_model_version(*body.split("/", 1))
-        label = f"{found.name}/{found.version}"
-        digest = found.tags.get("bundle_digest")
-        kept = cache / f"{found.name}-{found.version}-{(digest or 'unknown')[:12]}.zip"
-        if not kept.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                fetched = Path(client.download_artifacts(found.run_id, BUNDLE_FILE, folder))
-                _verified(fetched, digest, reference)
-                shutil.copyfile(fetched, Path(folder) / "whole.zip")
-                (Path(folder) / "whole.zip").replace(kept)
+        trained = load_bundle(path, _trust(config, config.reference).check_of(path)).manifest.interface
     except BundleMismatch:
-        raise
-    except Exception as error:  # MLflow's client raises its own, requests', SQLAlchemy's and the file system's errors
-        raise RegistryUnavailable(f"{reference}: {' '.join(str(error).split())[:200]}") from error
-    _verified(kept, digest, reference)
-    (cache / _pointer(reference)).write_text(f"{label}\n{kept.name}\n", encoding="utf-8")
-    return label, kept
+        return
+    differs = mismatch(trained, interface)
+    if differs:
+        raise ConfigError(
+            f"policy.reference {config.reference!r}: {differs}; set policy.reference to a rule, such as {fallback}"
+        )
 
 
-def kept_bundle(reference: str, cache: Path) -> tuple[str, Path] | None:
-    """What `fetch` gave last, from the disk; None when there is nothing."""
-    try:
-        label, name = (cache / _pointer(reference)).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return None
-    path = cache / name
-    return (label, path) if path.is_file() else None
+def _bundle_file(reference: str) -> Path:
+    return SHIPPED_BUNDLE if reference == "learned" else Path(reference)
 
 
-def _verified(path: Path, digest: str | None, reference: str) -> None:
-    found = load_bundle(path).digest
-    if digest is not None and found != digest:
-        raise BundleMismatch(f"{reference}: the stored bundle is not the one that was registered")
-
-
-def _pointer(reference: str) -> str:
-    words = reference.removeprefix(REGISTRY_PREFIX)
-    return "".join(letter if letter.isalnum() else "-" for letter in words) + ".last"
+def _trust(config: PolicyConfig, reference: str) -> Trust:
+    """Who must have signed a bundle; the shipped one is part of Jevons."""
+    return Trust(() if reference == "learned" else config.trusted_keys)
 
 
 class PolicyFollower:
@@ -168,6 +136,9 @@ class PolicyFollower:
         fleet: the services.
         interface: what this controller encodes and decodes.
         first_price: of a miss (n,), NaN where none is known; None: nowhere.
+
+    Raises:
+        ConfigError: when a trusted key cannot be read.
     """
 
     def __init__(
@@ -185,17 +156,26 @@ class PolicyFollower:
         self._fleet = fleet
         self._interface = interface
         self._first_price = first_price
+        self._trust = _trust(config, reference)
         self._lock = threading.Lock()
         self._ready: Version | None = None
         self._loaded: str | None = None
         self._refused: set[str] = set()
-        self._stop = threading.Event()
+        self.looked = threading.Event()
+        """Set once the first look has ended, however it went."""
+        self.thread = Background(
+            f"policy {reference}",
+            self.look,
+            config.poll_s if reference.startswith(REGISTRY_PREFIX) else None,
+            stuck_s=STUCK_S,
+        )
+        """What looks, once it has been started; where the reference cannot change its meaning, it looks once."""
 
     def look(self) -> None:
         """One look: load what the reference names now, if that is new. Faults are kept in `problem`."""
         try:
             label, path = self._locate()
-            bundle = load_bundle(path)
+            bundle = self._load(label, path)
             if bundle.digest not in self._refused and bundle.digest != self._loaded:
                 version = Version(label, self._warmed(bundle))
                 with self._lock:
@@ -204,6 +184,8 @@ class PolicyFollower:
         except (BundleMismatch, RegistryUnavailable) as error:
             self.problem = str(error)
             self._fall_back_on_kept()
+        finally:
+            self.looked.set()
 
     def take(self) -> Version | None:
         """A new version, once; None when there is none. Never waits."""
@@ -215,25 +197,23 @@ class PolicyFollower:
         """Do not offer this bundle again until the reference names another one."""
         self._refused.add(digest)
 
-    def start(self) -> None:
-        """Look in the background until `stop`, where the reference can change its meaning."""
-        if self.reference.startswith(REGISTRY_PREFIX):
-
-            def work() -> None:
-                while not self._stop.wait(self._config.poll_s):
-                    self.look()
-
-            threading.Thread(target=work, name=f"jevons-follow-{self.reference}", daemon=True).start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stop.set()
-
     def _locate(self) -> tuple[str, Path]:
         if self.reference.startswith(REGISTRY_PREFIX):
-            return fetch(self.reference, self._config.tracking_uri, self._config.cache)
-        path = SHIPPED_BUNDLE if self.reference == "learned" else Path(self.reference)
+            return fetch(self.reference, self._tracking_uri(), self._config.cache, self._trust)
+        path = _bundle_file(self.reference)
         return path.name, path
+
+    def _load(self, label: str, path: Path) -> PolicyBundle:
+        """What `_locate` found, once more checked: between two looks somebody may have written to the folder."""
+        registered = self.reference.startswith(REGISTRY_PREFIX)
+        return load_bundle(path, self._trust.check_of(path, label if registered else None))
+
+    def _tracking_uri(self) -> str | None:
+        uri = self._config.tracking_uri
+        try:
+            return None if uri is None else uri.reveal()
+        except ValueError as error:
+            raise RegistryUnavailable(f"policy.tracking_uri {error}") from None
 
     def _warmed(self, bundle: PolicyBundle) -> LearnedPolicy:
         return warmed(bundle, self._fleet, self._interface, self._first_price)
@@ -244,82 +224,13 @@ class PolicyFollower:
         if self._loaded is not None or kept is None:
             return
         try:
-            bundle = load_bundle(kept[1])
+            bundle = self._load(*kept)
             version = Version(kept[0], self._warmed(bundle))
         except BundleMismatch as error:
             self.problem = f"{self.problem}; the kept copy: {error}"
             return
         with self._lock:
             self._ready, self._loaded = version, bundle.digest
-
-
-class Probation:
-    """Compares live attainment and cost per token since an exchange with those before it.
-
-    Sums are over all services, requests and tokens weighing alike.
-
-    Args:
-        spec: how much worse the new policy may be.
-        price: dollars per second and tokens per second of a decision's window.
-    """
-
-    def __init__(self, spec: RollbackSpec) -> None:
-        self.spec = spec
-        self._before = np.zeros(5)  # seconds, requests, good requests, dollars, tokens
-        self._since = np.zeros(5)
-        self._on = False
-
-    @property
-    def on(self) -> bool:
-        """Whether a policy is being watched."""
-        return self._on
-
-    def begin(self) -> None:
-        """A new policy acts from now on."""
-        if self._on or self._since[0] > 0:
-            self._before = self._since
-        self._since, self._on = np.zeros(5), True
-
-    def end(self) -> None:
-        """From now on the present policy is what a new one is compared with."""
-        self._before, self._since, self._on = np.zeros(5), np.zeros(5), False
-
-    def add(self, decision: Decision, usd_per_s: Floats, token_tps: Floats) -> str:
-        """Account for one window; why to roll back, empty when not.
-
-        Args:
-            decision: the window.
-            usd_per_s: (n, P) provisioned.
-            token_tps: (n, P) served.
-        """
-        snapshot = decision.snapshot
-        window_s = nan_to_num(snapshot.window_s)
-        finished = nan_to_num(snapshot.finished_rps) * window_s
-        attained = nan_to_num(np.fmin(snapshot.ttft_attainment, snapshot.tpot_attainment), 1.0)
-        usd, tokens = (nan_to_num(rate).sum(axis=1) * window_s for rate in (usd_per_s, token_tps))
-        longest = float(window_s.max(initial=0.0))
-        self._since += [longest, finished.sum(), (finished * attained).sum(), usd.sum(), tokens.sum()]
-        if not self._on:
-            # A moving measure of the present policy: half of it is forgotten every watch time.
-            if self.spec.watch_s > 0:
-                self._since *= 0.5 ** (longest / self.spec.watch_s)
-            return ""
-        verdict = self._verdict()
-        if verdict or self._since[0] >= self.spec.watch_s:
-            self._on = False
-        return verdict
-
-    def _verdict(self) -> str:
-        if min(self._before[1], self._since[1]) < self.spec.min_requests:
-            return ""
-        before, since = self._before[2] / self._before[1], self._since[2] / self._since[1]
-        if since < before - self.spec.attainment_loss:
-            return f"attainment fell from {before:.1%} to {since:.1%}"
-        if self._before[4] > 0 and self._since[4] > 0:
-            cost_before, cost_since = self._before[3] / self._before[4], self._since[3] / self._since[4]
-            if cost_since > self.spec.cost_ratio * cost_before:
-                return f"cost per token rose to {cost_since / cost_before:.2f} times"
-        return ""
 
 
 def is_learned(config: PolicyConfig) -> bool:

@@ -15,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from autoscaler.versions.timed_answers import TimedAnswers
 from policies.contract import Bools, Floats, Ints, Observation, Policy, Reason, Snapshot, Target
 from policies.durable import restore_each, states_of
 from policies.engine import NonNegative, StrictModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy
 from policies.pool_arrays import nan_to_num, sum_pools
+
+ALWAYS_MEASURED = (
+    *("arrival_rps", "prefill_tps", "generation_tps", "queue_requests"),
+    *("running", "waiting", "kv_cache_usage", "batch_cap"),
+)
+"""Of a snapshot, what learned policies always had in training."""
 
 
 class LadderSpec(StrictModel):
@@ -50,15 +57,17 @@ class FallbackLadder:
         fleet: the services.
         baseline: the second rung; it sees every observation, so that its memory is warm when it is needed.
         spec: the triggers.
+        answers: asks the policies.
     """
 
-    def __init__(self, fleet: Fleet, baseline: Policy, spec: LadderSpec) -> None:
+    def __init__(self, fleet: Fleet, baseline: Policy, spec: LadderSpec, answers: TimedAnswers) -> None:
         self.name = baseline.name
         """Of the rung that is asked first."""
         self.learned: LearnedPolicy | None = None
         self.baseline = baseline
         self.spec = spec
         self._fleet = fleet
+        self._answers = answers
         n = len(fleet)
         self._burning_ticks = np.zeros(n, np.int64)
         self.wanted_learned = False
@@ -154,7 +163,7 @@ class FallbackLadder:
     def _attempt(self, policy: Policy, observation: Observation) -> Target | None:
         """The proposal, None when the policy fails in any way."""
         try:
-            target = policy.propose(observation)
+            target = self._answers.propose(policy, observation)
         except Exception:  # a policy is a plug-in: whatever it raises, the ladder goes on one rung lower
             return None
         shape = observation.snapshot.replicas_ready.shape
@@ -174,8 +183,7 @@ def in_force(snapshot: Snapshot) -> Target:
 
 
 def partly_blind(snapshot: Snapshot) -> Bools:
-    """(n,) True where a measurement is missing that learned policies always had in training."""
-    service = snapshot.arrival_rps + snapshot.prefill_tps + snapshot.generation_tps + snapshot.queue_requests
-    pool = snapshot.running + snapshot.waiting + snapshot.kv_cache_usage + snapshot.batch_cap
-    blind: Bools = np.isnan(service) | np.isnan(sum_pools(pool))
+    """(n,) True where one of `ALWAYS_MEASURED` is missing."""
+    values: list[Floats] = [getattr(snapshot, name) for name in ALWAYS_MEASURED]
+    blind: Bools = np.isnan(sum(one if one.ndim == 1 else sum_pools(one) for one in values))
     return blind

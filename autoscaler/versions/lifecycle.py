@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from autoscaler.versions.counterfactuals import Counterfactuals
-from autoscaler.versions.follower import PolicyConfig, PolicyFollower, Probation, is_learned
+from autoscaler.versions.follower import PolicyConfig, PolicyFollower, is_learned
 from autoscaler.versions.ladder import FallbackLadder
+from autoscaler.versions.probation import Probation
 from policies.contract import Decision, Floats
 from policies.cost_rates import cost_rates
 from policies.fleet import Fleet
@@ -104,7 +105,7 @@ class Lifecycle:
             version = self.challenger.take()
             if version is not None:
                 self._counterfactuals.peers[CHALLENGER] = version.policy
-                self._counterfactuals.failed.discard(CHALLENGER)
+                self._counterfactuals.failed.pop(CHALLENGER, None)
                 self.events.append(f"policy {version.label} ({version.digest[:12]}) runs in the shadow")
 
     def after_tick(self, decision: Decision) -> None:

@@ -47,11 +47,15 @@ def _plain_errors(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from envs.traffic.trace import TraceError
         from policies.engine import ConfigError
+        from policies.redaction import shown
 
         try:
             command(*args, **kwargs)
         except (TraceError, ConfigError) as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {shown(error)}", err=True)
+            raise typer.Exit(2) from None
+        except MemoryError:
+            typer.echo("error: the trace needs more memory than there is", err=True)
             raise typer.Exit(2) from None
 
     return wrapped
@@ -72,9 +76,12 @@ def info(
         typer.echo(json.dumps(_finite(asdict(summary)), indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "", title=summary.name, show_header=False)
+    from policies.redaction import shown as printable
+
+    table = Table("", "", title=escape(printable(summary.name)), show_header=False)
     table.add_row("requests", f"{summary.requests:,}")
     table.add_row("duration", f"{summary.duration_s / 3600:,.2f} h")
     table.add_row("mean rate", f"{summary.mean_rps:,.3f} req/s")
@@ -104,12 +111,16 @@ def import_(
     skip_bad: Annotated[bool, typer.Option(help="Leave bad rows out and count them, instead of stopping.")] = False,
     seed: Seed = 0,
     force: Force = False,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most requests that are read.")] = 100_000_000,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes that are read, unpacked.")] = 16 * 2**30,
 ) -> None:
     """Turn a request log into a canonical Parquet trace."""
     from envs.traffic.formats import import_trace
+    from envs.traffic.trace_files import TraceLimits
 
     _check_output(out, force)
-    result = import_trace(source, _parse_map(column_map), skip_bad=skip_bad, seed=seed)
+    limits = TraceLimits(max_rows, max_bytes)
+    result = import_trace(source, _parse_map(column_map), skip_bad=skip_bad, seed=seed, limits=limits)
     _write(result.trace, out)
     typer.echo(f"read {result.rows_read:,} rows as {result.format}, skipped {result.rows_skipped:,}", err=True)
     for note in result.notes:
@@ -225,7 +236,7 @@ def _read(source: Path) -> Trace:
 
 
 def _write(trace: Trace, out: Path) -> None:
-    from envs.traffic.trace import write_trace
+    from envs.traffic.trace_files import write_trace
 
     write_trace(trace, out)
     typer.echo(f"wrote {out}: {len(trace):,} requests in {trace.duration_s / 3600:,.2f} h, {trace.mean_rps:,.3f} req/s")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,13 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from envs.traffic.arrival_clock import clock_of
 from envs.traffic.request_rows import COLUMNS, SORTED_NOTE, ImportResult, RowReader
-from envs.traffic.trace import TraceError, load_trace, trace_from_table
+from envs.traffic.trace import TraceError
+from envs.traffic.trace_files import TraceLimits, arrivals_of, read_table, trace_from_table
+from policies.json_text import read_json
+from policies.redaction import shown
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,15 @@ FORMATS: dict[str, LogFormat] = {
 """Logs of other projects, by the name of the format; the first that fits is taken."""
 PLAIN = LogFormat({})
 """Logs with a column map, or with the names of a trace."""
+LONGEST_LINE = 16 * 2**20
 
 
 def import_trace(
-    path: Path | str, column_map: Mapping[str, str] | None = None, skip_bad: bool = False, seed: int = 0
+    path: Path | str,
+    column_map: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    seed: int = 0,
+    limits: TraceLimits | None = None,
 ) -> ImportResult:
     """Read a request log of any known format.
 
@@ -86,14 +93,16 @@ def import_trace(
         path: the file; its name does not matter.
         column_map: for other CSV and JSONL files: from ``arrival_s``, ``prompt_tokens`` and ``output_tokens``
             (optionally ``prefix_hit_tokens``, ``session_id``, ``tenant``, ``model``) to the file's column names.
-            Arrivals are seconds or ISO 8601 times; times without an offset are read as UTC.
+            Arrivals are seconds, the Unix clock in seconds, milliseconds, microseconds or nanoseconds, told by their
+            size, or ISO 8601 times; times without an offset are read as UTC.
         skip_bad: leave bad rows out and count them, instead of stopping at the first.
         seed: seeds the spreading of Mooncake's 3-s ticks.
+        limits: how much of the file is read before it is refused.
 
     Raises:
         TraceError: with file, line, field and what was expected.
     """
-    path = Path(path)
+    path, limits = Path(path), limits or TraceLimits()
     unknown = sorted(set(column_map or ()) - set(COLUMNS))
     if unknown:
         raise TraceError(f"column map: unknown field {unknown[0]!r}, expected one of {', '.join(COLUMNS)}")
@@ -101,73 +110,87 @@ def import_trace(
     if missing:
         raise TraceError(f"column map: expected a column for {missing[0]}")
     if not path.is_file():
-        raise TraceError(f"{path}: no such file")
+        raise TraceError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     try:
         with path.open("rb") as file:
             head = file.read(4)
         if head == b"PAR1":
-            return _import_parquet(path, column_map)
+            return _import_parquet(path, column_map, limits)
         raw: Any = gzip.open(path, "rb") if head[:2] == b"\x1f\x8b" else path.open("rb")  # noqa: SIM115
         with raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-            return _import_text(path, text, column_map, skip_bad, seed)
+            return _import_text(path, text, column_map, skip_bad, seed, limits)
     except UnicodeDecodeError:
         raise TraceError(f"{path}: expected Parquet, or CSV or JSONL as UTF-8 text; this is neither") from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from None
 
 
-def _import_parquet(path: Path, column_map: Mapping[str, str] | None) -> ImportResult:
+def _import_parquet(path: Path, column_map: Mapping[str, str] | None, limits: TraceLimits) -> ImportResult:
     if column_map is not None:
         raise TraceError(f"{path}: a column map applies to CSV and JSONL, but this is Parquet; rename its columns")
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise TraceError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
-    arrivals = table["arrival_s"].to_numpy() if "arrival_s" in table.column_names else np.empty(0)
-    if arrivals.dtype.kind not in "iuf" or not (np.diff(arrivals) < 0).any():
-        trace = load_trace(path)
-        return ImportResult(trace, "canonical", len(trace), 0)
-    if "think_time_s" in table.column_names:
-        raise TraceError(f"{path}: is a library of sessions on their own clocks, expected requests on one clock")
-    # The digest in the metadata belongs to the file as it was written, sorted; this one was changed since.
-    table = table.replace_schema_metadata(None).sort_by("arrival_s")
-    trace = trace_from_table(table, str(path), path.stem)
-    return ImportResult(trace, "canonical", len(trace), 0, notes=(SORTED_NOTE,))
+    table, where = read_table(path, limits, "think_time_s"), str(path)
+    notes = []
+    if "arrival_s" in table.column_names:
+        arrivals = arrivals_of(table, where)
+        falls = bool((np.diff(arrivals) < 0).any())
+        if falls and "think_time_s" in table.column_names:
+            raise TraceError(f"{path}: is a library of sessions on their own clocks, expected requests on one clock")
+        try:
+            clock = clock_of(arrivals)
+        except TraceError as error:
+            raise TraceError(f"{path}: field arrival_s: {error}") from None
+        if clock is not None:
+            place = table.column_names.index("arrival_s")
+            table = table.set_column(place, "arrival_s", pa.array((arrivals - arrivals.min()) * clock.seconds))
+            notes.append(clock.note)
+        if falls:
+            table = table.sort_by("arrival_s")
+            notes.append(SORTED_NOTE)
+        if notes:  # the digest in the metadata belongs to the file as it was written
+            table = table.replace_schema_metadata(None)
+    trace = trace_from_table(table, where, path.stem)
+    return ImportResult(trace, "canonical", len(trace), 0, notes=tuple(notes))
 
 
 def _import_text(
-    path: Path, text: TextIO, column_map: Mapping[str, str] | None, skip_bad: bool, seed: int
+    path: Path, text: TextIO, column_map: Mapping[str, str] | None, skip_bad: bool, seed: int, limits: TraceLimits
 ) -> ImportResult:
-    first = next((line for line in text if line.strip()), None)
+    first = next((line for line in _lines(path, text, limits) if line.strip()), None)
     if first is None:
         raise TraceError(f"{path}: is empty, expected a header or a JSON object and at least one request")
     text.seek(0)
+    lines = _lines(path, text, limits)
     if first.lstrip().startswith("{"):
         try:
-            names = set(json.loads(first))
-        except (ValueError, RecursionError):
+            names = set(read_json(first, any_number=True))
+        except ValueError:
             raise TraceError(f"{path}: line 1: expected a JSON object per line") from None
         kind, columns = _recognise(path, names, column_map, "jsonl")
-        reader = _reader(path, kind, columns, columns, skip_bad)
+        reader = _reader(path, kind, columns, columns, skip_bad, limits)
         reader.reads_blocks = FORMATS.get(kind, PLAIN).reads_blocks
-        reader.read(_json_records(text))
+        reader.read(_json_records(lines))
     else:
         # Semicolons and tabs separate what spreadsheets export in half of the world.
         delimiter = max(",;\t", key=first.count)
-        rows = csv.reader(text, delimiter=delimiter)
+        rows = csv.reader(lines, delimiter=delimiter)
         header = [name.strip() for name in next(row for row in rows if row)]
         kind, columns = _recognise(path, set(header), column_map, "csv")
         places = {name: header.index(column) for name, column in columns.items()}
-        reader = _reader(path, kind, columns, places, skip_bad)
+        reader = _reader(path, kind, columns, places, skip_bad, limits)
         reader.read(_csv_records(rows, len(header)))
     return reader.result(kind, seed)
 
 
 def _reader(
-    path: Path, kind: str, columns: Mapping[str, str], places: Mapping[str, int | str], skip_bad: bool
+    path: Path,
+    kind: str,
+    columns: Mapping[str, str],
+    places: Mapping[str, int | str],
+    skip_bad: bool,
+    limits: TraceLimits,
 ) -> RowReader:
     log = FORMATS.get(kind, PLAIN)
-    reader = RowReader(path, columns, places, skip_bad)
+    reader = RowReader(path, columns, places, skip_bad, limits.rows)
     reader.failed_output_tokens, reader.tick_s = log.failed_output_tokens, log.tick_s
     return reader
 
@@ -194,8 +217,8 @@ def _recognise(
 
 
 def _listed(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:12])
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+    listed = shown(", ".join(sorted(names)[:12]))
+    return listed if len(listed) <= 200 else f"{listed[:200]}..."
 
 
 def _csv_records(rows: Any, width: int) -> Iterator[tuple[int, Any]]:
@@ -216,14 +239,28 @@ def _csv_records(rows: Any, width: int) -> Iterator[tuple[int, Any]]:
             yield rows.line_num, record
 
 
-def _json_records(text: TextIO) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path, text: TextIO, limits: TraceLimits) -> Iterator[str]:
+    """Line by line, none of which fills the memory, and no more than the limits allow."""
+    read, number = 0, 0
+    while line := text.readline(LONGEST_LINE + 1):
+        read, number = read + len(line), number + 1
+        if len(line) > LONGEST_LINE:
+            raise TraceError(f"{path}: line {number}: longer than {LONGEST_LINE} characters, expected a request")
+        if read > limits.size:
+            raise TraceError(
+                f"{path}: line {number}: unpacks to more than {limits.size} bytes; raise --max-bytes of "
+                "`jevons trace import` where that is right"
+            )
+        yield line
+
+
+def _json_records(text: Iterator[str]) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(text, start=1):
         if not content.strip():
             continue
         try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            # Not only malformed JSON: digits without end and nesting without end are refused by other errors.
+            record = read_json(content, any_number=True)
+        except ValueError as error:
             yield line, ValueError(f"expected a JSON object: {str(error)[:100]}")
             continue
         yield line, record if isinstance(record, dict) else ValueError("expected a JSON object")

@@ -6,6 +6,7 @@ This module must not know how a format is recognised or split into rows.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.traffic.arrival_clock import clock_of
 from envs.traffic.prefix_blocks import block_sessions, prefix_hits
 from envs.traffic.scaling import spread_ticks
 from envs.traffic.trace import Trace, TraceError
+from envs.traffic.trace_files import LONGEST_LABEL
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "prefix_hit_tokens", "session_id", "tenant", "model")
 SORTED_NOTE = "rows were not in order of arrival and were sorted"
@@ -49,11 +52,19 @@ class ImportResult:
 class RowReader:
     """Reads records into columns, and keeps account of what was left out."""
 
-    def __init__(self, path: Path, columns: Mapping[str, str], places: Mapping[str, int | str], skip_bad: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, str],
+        places: Mapping[str, int | str],
+        skip_bad: bool,
+        max_rows: int,
+    ) -> None:
         self.path = path
         self.columns = columns
         self.places = places
         self.skip_bad = skip_bad
+        self.max_rows = max_rows
         self.failed_output_tokens: int | None = None
         self.reads_blocks = False
         self.tick_s: float | None = None
@@ -61,9 +72,12 @@ class RowReader:
         self.rows_bad = 0
         self.rows_failed = 0
         self.first_errors: list[str] = []
-        self.numbers: dict[str, list[Any]] = {name: [] for name in columns if name in COLUMNS[:4]}
-        self.labels: dict[str, list[str]] = {name: [] for name in columns if name in COLUMNS[4:]}
+        # Numbers in place instead of objects: a log of 100 million rows is a few GB then.
+        self.numbers = {name: array("d" if name == "arrival_s" else "i") for name in columns if name in COLUMNS[:4]}
+        self.codes = {name: array("i") for name in columns if name in COLUMNS[4:]}
+        self.labels: dict[str, dict[str, int]] = {name: {} for name in self.codes}
         self.blocks: list[list[Any]] = []
+        self.block_count = 0
         self._parse_time: Callable[[Any], float] | None = None
 
     def read(self, records: Iterator[tuple[int, Any]]) -> None:
@@ -74,6 +88,11 @@ class RowReader:
         """
         for line, record in records:
             self.rows_read += 1
+            if max(self.rows_read, self.block_count) > self.max_rows:
+                raise TraceError(
+                    f"{self.path}: line {line}: more than {self.max_rows} requests, or blocks of prompts; raise "
+                    "--max-rows of `jevons trace import` where that is right"
+                )
             try:
                 if isinstance(record, ValueError):
                     raise record
@@ -100,6 +119,15 @@ class RowReader:
             raise TraceError(f"{self.path}: none of {self.rows_read} rows is a request{reason}")
         notes: list[str] = []
         arrival_s = np.array(self.numbers["arrival_s"], np.float64)
+        if self._parse_time is _seconds:
+            try:
+                clock = clock_of(arrival_s)
+            except TraceError as error:
+                raise TraceError(f"{self.path}: field {self.columns['arrival_s']!r}: {error}") from None
+            if clock is not None:
+                arrival_s = (arrival_s - arrival_s.min()) * clock.seconds
+                if clock.seconds < 1.0:
+                    notes.append(clock.note)
         order = np.argsort(arrival_s, kind="stable")
         if (np.diff(arrival_s) < 0).any():
             notes.append(SORTED_NOTE)
@@ -108,9 +136,8 @@ class RowReader:
         columns: dict[str, Any] = {
             name: np.array(values, np.int64)[order] for name, values in self.numbers.items() if name != "arrival_s"
         }
-        for name, values in self.labels.items():
-            codes, known = _codes([values[row] for row in order])
-            columns[name] = codes
+        for name, codes in self.codes.items():
+            columns[name], known = _renumbered(np.array(codes, np.int32)[order], tuple(self.labels[name]))
             if name != "session_id":
                 columns[f"{name}s"] = known
         if self.blocks:
@@ -140,7 +167,7 @@ class RowReader:
                 elif name in self.numbers:
                     row[name] = _whole(value, 1 if name == "prompt_tokens" else 0)
                 else:
-                    row[name] = "" if value is None else str(value).strip()
+                    row[name] = _label(value)
             except ValueError as error:
                 raise ValueError(f"field {self.columns[name]!r}: {error}") from None
         if row["output_tokens"] == self.failed_output_tokens:
@@ -159,8 +186,13 @@ class RowReader:
                 raise ValueError(f"field 'hash_ids': expected a list of block ids, got {ids!r:.60}")
             row["arrival_s"] /= 1000.0
             self.blocks.append(ids)
+            self.block_count += len(ids)
         for name, value in row.items():
-            (self.numbers if name in self.numbers else self.labels)[name].append(value)
+            if name in self.numbers:
+                self.numbers[name].append(value)
+            else:
+                known = self.labels[name]
+                self.codes[name].append(known.setdefault(value, len(known)) if value else -1)
 
     def _time(self, value: Any) -> float:
         if self._parse_time is None:
@@ -210,8 +242,19 @@ def _whole(value: Any, at_least: int) -> int:
     return int(number)
 
 
-def _codes(values: list[str]) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-    """Number labels in order of first use; an empty one is -1."""
-    known: dict[str, int] = {}
-    codes = [known.setdefault(value, len(known)) if value else -1 for value in values]
-    return np.array(codes, np.int32), tuple(known)
+def _label(value: Any) -> str:
+    label = "" if value is None else str(value).strip()
+    if len(label) > LONGEST_LABEL:
+        raise ValueError(f"expected a name of at most {LONGEST_LABEL} characters, got {len(label)}")
+    return label
+
+
+def _renumbered(codes: NDArray[np.int32], labels: tuple[str, ...]) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """Labels numbered in order of first use; one that is empty stays -1."""
+    used, first = np.unique(codes, return_index=True)
+    used = used[np.argsort(first, kind="stable")]
+    used = used[used >= 0]
+    # The entry appended at the end is what code -1 looks up.
+    table = np.full(len(labels) + 1, -1, np.int32)
+    table[used] = np.arange(len(used))
+    return table[codes], tuple(labels[code] for code in used)

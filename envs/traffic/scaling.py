@@ -22,6 +22,7 @@ from envs.traffic.trace import Trace, TraceError, merge
 ThinBy = Literal["session", "tenant", "request"]
 
 RATE_WINDOW_S = 600.0
+MAX_REQUESTS = 100_000_000
 _RATE_COLUMNS = ("window_start_s", "client_id", "rate_rps", "iat_cv")
 _MAX_SHIFT_S = 3 * 3600.0
 # Published windows reach CVs of 1,000 from a few clumps; past 100 (shape 1e-4) a window holds one clump or none.
@@ -91,10 +92,12 @@ def scale(trace: Trace, factor: float, seed: int) -> Trace:
     service with native bursts, use `regenerate_from_rates` or the generator.
 
     Raises:
-        TraceError: when `factor` is not a finite number above 0.
+        TraceError: when `factor` is not a finite number above 0, or makes more than 100 million requests.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise TraceError(f"trace {trace.name!r}: scale needs a factor above 0, got {factor}")
+    if factor * len(trace) > MAX_REQUESTS:
+        raise TraceError(f"trace {trace.name!r}: {factor:g} times its requests is more than {MAX_REQUESTS}")
     whole = int(factor)
     rest = factor - whole
     parts = [trace] * whole

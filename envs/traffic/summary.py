@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.traffic.trace import Trace
+from envs.traffic.trace import Trace, TraceError
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 WINDOWS_S = (1.0, 10.0, 60.0, 300.0, 3600.0)
+MAX_WINDOWS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,38 @@ def summarize(trace: Trace) -> TraceSummary:
 
 
 def counts(trace: Trace, window_s: float) -> NDArray[np.int64]:
-    """Requests per window, shape ``(windows,)``; the incomplete last window is left out."""
-    windows = math.floor(trace.duration_s / window_s + 1e-9)
+    """Requests per window, shape ``(windows,)``; the incomplete last window is left out.
+
+    Raises:
+        TraceError: when there are more than ten million windows.
+    """
+    windows = _windows(trace, window_s)
+    if windows > MAX_WINDOWS:
+        raise TraceError(f"trace {trace.name!r}: {windows} windows of {window_s:g} s, expected at most {MAX_WINDOWS}")
     index = np.floor(trace.arrival_s / window_s).astype(np.int64)
     return np.bincount(index[index < windows], minlength=windows).astype(np.int64)
 
 
+def _windows(trace: Trace, window_s: float) -> int:
+    return math.floor(trace.duration_s / window_s + 1e-9)
+
+
+def _occupied(trace: Trace, window_s: float) -> NDArray[np.int64]:
+    """Requests per window that has any: what a trace of years with few requests can afford."""
+    index = np.floor(trace.arrival_s / window_s)
+    index = index[index < _windows(trace, window_s)]
+    starts = np.flatnonzero(np.diff(index, prepend=-1.0))
+    return np.diff(starts, append=len(index)).astype(np.int64)
+
+
 def dispersion(trace: Trace, window_s: float) -> float:
     """Index of dispersion: variance over mean of the counts per window; NaN with fewer than two windows."""
-    per_window = counts(trace, window_s)
-    if len(per_window) < 2 or not per_window.any():
+    windows, per_window = _windows(trace, window_s), _occupied(trace, window_s)
+    if windows < 2 or not len(per_window):
         return math.nan
-    return float(per_window.var() / per_window.mean())
+    mean = per_window.sum() / windows
+    variance = (((per_window - mean) ** 2).sum() + (windows - len(per_window)) * mean**2) / windows
+    return float(variance / mean)
 
 
 def iat_cv(trace: Trace) -> float:
@@ -107,14 +128,14 @@ def iat_cv(trace: Trace) -> float:
 
 def peak_to_mean(trace: Trace, window_s: float) -> float:
     """Largest over mean count per window; NaN without a request in a complete window."""
-    per_window = counts(trace, window_s)
-    return float(per_window.max() / per_window.mean()) if per_window.any() else math.nan
+    per_window = _occupied(trace, window_s)
+    return float(per_window.max() * _windows(trace, window_s) / per_window.sum()) if len(per_window) else math.nan
 
 
 def empty_share(trace: Trace, window_s: float) -> float:
     """Share of windows without a request, 0..1; NaN without a complete window."""
-    per_window = counts(trace, window_s)
-    return float((per_window == 0).mean()) if len(per_window) else math.nan
+    windows = _windows(trace, window_s)
+    return 1.0 - len(_occupied(trace, window_s)) / windows if windows else math.nan
 
 
 def _percentiles(tokens: NDArray[np.int32]) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """Request traces: what arrives, when and how long, as arrays.
 
-A trace is measured (see ``envs/traffic/formats.py``), generated (``envs/traffic/generator.py``) or made from others
-(``envs/traffic/scaling.py``).
+A trace is measured (see ``envs/traffic/formats.py``), read from a file (``envs/traffic/trace_files.py``), generated
+(``envs/traffic/generator.py``) or made from others (``envs/traffic/scaling.py``).
 This module must not know about engines, clusters or prices.
 """
 
@@ -12,24 +12,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
-
-from policies.atomic_files import write_whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
-_METADATA_KEY = b"jevons.trace"
-_REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
-_OPTIONAL = ("prefix_hit_tokens", "session_id", "tenant", "model")
 
 
 class TraceError(ValueError):
@@ -277,123 +268,3 @@ def _recode(codes: IntArray, old: tuple[str, ...], new: tuple[str, ...]) -> IntA
     # The entry appended at the end is what code -1 looks up.
     table = np.array([*(new.index(label) for label in old), -1], np.int32)
     return table[codes]
-
-
-def load_trace(path: Path | str) -> Trace:
-    """Read a canonical Parquet trace (see ``docs/traces.md``); columns that are not part of it are ignored.
-
-    Raises:
-        TraceError: when the file is missing, is not Parquet, lacks a column, breaks a rule of `Trace`, or does not
-            match the digest written with it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise TraceError(f"{path}: no such file")
-    try:
-        file = pq.ParquetFile(path)
-        wanted = [column for column in (*_REQUIRED, *_OPTIONAL) if column in file.schema_arrow.names]
-        return trace_from_table(file.read(columns=wanted), str(path), path.stem)
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
-
-
-def trace_from_table(table: pa.Table, where: str, name: str) -> Trace:
-    """Make a trace of a table with the canonical columns.
-
-    Args:
-        table: the columns; others are ignored.
-        where: names the source in errors.
-        name: the trace's name, unless the table's metadata holds one.
-
-    Raises:
-        TraceError: as for `load_trace`.
-    """
-    missing = [column for column in _REQUIRED if column not in table.column_names]
-    if missing:
-        raise TraceError(f"{where}: expected columns {', '.join(_REQUIRED)}, but {', '.join(missing)} is missing")
-    try:
-        metadata = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
-        duration_s = float(metadata.get("duration_s", math.nan))
-    except (TypeError, ValueError):
-        raise TraceError(f"{where}: the metadata written with the trace cannot be read; the file was altered") from None
-    numbers: dict[str, Any] = {
-        column: _numbers(where, column, table[column])
-        for column in (*_REQUIRED, "prefix_hit_tokens", "session_id")
-        if column in table.column_names
-    }
-    labels = {
-        column: _labels(where, column, table[column], metadata.get(f"{column}s"))
-        for column in ("tenant", "model")
-        if column in table.column_names
-    }
-    named: dict[str, Any] = {column: codes for column, (codes, _) in labels.items()}
-    named |= {f"{column}s": names for column, (_, names) in labels.items()}
-    try:
-        trace = Trace.from_arrays(
-            **numbers,
-            **named,
-            name=str(metadata.get("name", name)),
-            duration_s=duration_s,
-        )
-    except TraceError as error:
-        raise TraceError(f"{where}: {error}") from None
-    if "digest" in metadata and metadata["digest"] != trace.digest():
-        raise TraceError(f"{where}: the requests do not match the digest written with them; the file was altered")
-    return trace
-
-
-def write_trace(trace: Trace, path: Path | str) -> None:
-    """Write canonical Parquet (zstd) with name, duration and digest in the metadata, replacing `path` in one step.
-
-    Columns that hold nothing (no session, no tenant, ...) are left out.
-
-    Raises:
-        TraceError: when the file cannot be written.
-    """
-    path = Path(path)
-    columns: dict[str, Any] = {field: pa.array(getattr(trace, field)) for field in _REQUIRED}
-    for field, empty in (("session_id", -1), ("prefix_hit_tokens", 0)):
-        values = getattr(trace, field)
-        if (values != empty).any():
-            columns[field] = pa.array(values)
-    for field, labels in (("tenant", trace.tenants), ("model", trace.models)):
-        if labels:
-            codes = getattr(trace, field)
-            indices = pa.array(codes, mask=codes < 0)
-            columns[field] = pa.DictionaryArray.from_arrays(indices, pa.array(labels, pa.string()))
-    metadata = {
-        "name": trace.name,
-        "duration_s": trace.duration_s,
-        "digest": trace.digest(),
-        # The names are written here too: a reader may renumber a dictionary column, the codes must survive.
-        "tenants": trace.tenants,
-        "models": trace.models,
-    }
-    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
-    try:
-        write_whole(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
-    except OSError as error:
-        raise TraceError(str(error)) from None
-
-
-def _numbers(where: str, column: str, values: Any) -> NDArray[Any]:
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise TraceError(f"{where}: field {column}: expected numbers, got {values.type}")
-    if values.null_count:
-        row = values.is_null().to_numpy().argmax() + 1
-        raise TraceError(f"{where}: row {row}: field {column}: expected a number, got nothing")
-    array: NDArray[Any] = values.to_numpy()
-    return array
-
-
-def _labels(where: str, column: str, values: Any, known: Sequence[str] | None) -> tuple[IntArray, tuple[str, ...]]:
-    """Codes and names of a text column; `known` fixes the codes, else names are numbered in sorted order."""
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise TraceError(f"{where}: field {column}: expected text, got {values.type}")
-    present = [label for label in values.unique().to_pylist() if label is not None]
-    names = tuple(known) if known is not None and set(present) <= set(known) else tuple(sorted(present))
-    codes = pc.index_in(values, value_set=pa.array(names, pa.string())).fill_null(-1)
-    array: IntArray = codes.to_numpy().astype(np.int32)
-    return array, names

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from autoscaler.actuators.base import Access, FleetState, PartlyFailed
+from autoscaler.actuators.base import Access, Announcement, FleetState, PartlyFailed
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.hosting.service import LiveService
 from envs.cluster.simulation import SimulatedCluster
 from envs.traffic.trace import Trace
-from policies.contract import LEAVE_ALONE, Bools, MetricsUnavailable, Snapshot, Target
+from policies.contract import LEAVE_ALONE, Bools, Floats, MetricsUnavailable, Snapshot, Target
 from policies.engine import ColdStart
-from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs
+from policies.spec import GuardrailSpec, PoolSpec, ScalingSpec, Slo, find_engine, shipped_configs
 
 START_S = 1_700_000_000.0
 
@@ -29,6 +29,11 @@ def service_spec(name: str = "chat", **pool: Any) -> ScalingSpec:
         slo=Slo(ttft_s=2.0, tpot_s=0.08, attainment=0.95),
         pools=(PoolSpec(engine=engine, **{**settings, **pool}),),
     )
+
+
+def quick(spec: ScalingSpec) -> ScalingSpec:
+    """The same without the wait of steady traffic: the fleet is small again soon after a burst."""
+    return spec.model_copy(update={"guardrails": GuardrailSpec(scale_down_window_s=0.0, scale_down_worth_s=0.0)})
 
 
 def live_config(folder: Path, *specs: ScalingSpec, **changes: Any) -> LiveConfig:
@@ -66,7 +71,7 @@ class LiveWorld:
     """A simulated cluster as source, actuator and clock of live services; faults are switched on by name.
 
     Faults: `blind` (no metrics), `refusing` (no target is carried out), `refused` (services whose targets are not),
-    `unroutable` (the gateway does not answer).
+    `unroutable` (the gateway does not answer), `busy` (services whose replicas to remove have requests).
     """
 
     def __init__(self, specs: Sequence[ScalingSpec], traces: Sequence[Trace]) -> None:
@@ -75,6 +80,11 @@ class LiveWorld:
         self.targets: list[Target] = []
         self.owners: tuple[str, ...] = ("",) * len(specs)
         self.owners_unread: tuple[int, ...] = ()
+        self.set_by: tuple[str, ...] = ()
+        self.edits_put_back = False
+        self.written = np.full((len(specs), 1), np.nan)
+        self.announced: list[Announcement] = []
+        self.on_announce: Any = lambda: None
         self.blind = False
         self.refusing = False
         self.refused: tuple[str, ...] = ()
@@ -82,7 +92,10 @@ class LiveWorld:
         self.after_apply: Any = lambda: None
         self.stopped = False
         self.routed: list[list[bool]] = []
+        self.adrift: list[list[bool]] = []
         self.unroutable = False
+        self.busy: tuple[str, ...] = ()
+        self.waits = np.zeros((len(specs), 1), bool)
         self.state_calls = 0
         self.watch: Any = None
 
@@ -113,8 +126,9 @@ class LiveWorld:
 
     # Actuator
 
-    def route(self, rows: Bools) -> None:
+    def route(self, rows: Bools, adrift: Bools) -> None:
         self.routed.append(rows.tolist())
+        self.adrift.append(adrift.tolist())
         if self.unroutable:
             raise PartlyFailed({"chat": "the gateway does not answer"})
 
@@ -130,9 +144,22 @@ class LiveWorld:
             batch_cap=pool["batch_cap"].astype(float),
             owners=self.owners,
             owners_unread=self.owners_unread,
+            set_by=self.set_by,
+            edits_put_back=self.edits_put_back,
         )
 
+    def wrote(self) -> Floats:
+        return self.written
+
+    def draining(self) -> Bools:
+        return self.waits
+
+    def announce(self, announcement: Announcement) -> None:
+        self.on_announce()
+        self.announced.append(announcement)
+
     def apply(self, target: Target) -> None:
+        self.written[:] = np.nan
         self.before_apply()
         if self.refusing:
             raise PartlyFailed({spec.service: "said no" for spec in self.specs})
@@ -143,7 +170,12 @@ class LiveWorld:
             if spec.service in self.refused:
                 allowed[row] = LEAVE_ALONE
                 failures[spec.service] = "forbidden"
+        busy = np.array([[spec.service in self.busy] for spec in self.specs])
+        in_force = self.cluster.arrays.pool.reshape(len(self.cluster), self.cluster.arrays.pools)["replicas_target"]
+        self.waits = busy & (allowed != LEAVE_ALONE) & (allowed < in_force)
+        allowed[self.waits] = LEAVE_ALONE
         self.set(allowed, target.batch_cap)
+        self.written = np.where(allowed == LEAVE_ALONE, np.nan, allowed)
         self.after_apply()
         if failures:
             raise PartlyFailed(failures)

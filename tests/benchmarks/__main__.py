@@ -30,7 +30,7 @@ from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, load_bundle
 from policies.spec import GuardrailSpec, InterfaceSpec, ObjectiveSpec, PoolSpec, ScalingSpec, Slo, shipped_configs
-from tests.benchmarks import live, live_edges
+from tests.benchmarks import kubernetes_pods, live, live_edges
 
 REQUESTS = 200_000
 ENVS = 512
@@ -69,6 +69,7 @@ def figures() -> Iterator[tuple[str, float, str]]:
             yield f"decision_{kind}_p99_ms_n{n}", p99 * 1e3, "ms"
     yield from live.figures()
     yield from live_edges.figures()
+    yield from kubernetes_pods.figures()
 
 
 def best_cpu_s(run: Callable[[], None], repeats: int = REPEATS) -> float:

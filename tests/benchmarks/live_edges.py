@@ -21,6 +21,7 @@ from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 SERVICES = (1, 100, 1000)
 EDGES = ("0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "20.0", "+Inf")
+REPLICAS = 4
 REPEATS = 5
 
 
@@ -49,7 +50,7 @@ def figures() -> Iterator[tuple[str, float, str]]:
         for histograms in (True, False):
             config = PrometheusConfig(url="http://localhost:9090", gateway="haproxy", histograms=histograms)
             source = PrometheusSource(config, specs, partial(FleetState.unknown, pools_of(specs)))
-            source._signals._client = Answers(source._signals.queries, services)  # type: ignore[assignment]
+            source._signals.client = Answers(source._signals.queries, services)  # type: ignore[assignment]
             kind = "" if histograms else "_slo_edges_only"
             if services == 1 and histograms:
                 yield "prometheus_queries_per_tick_haproxy", float(len(source._signals.queries)), "queries"
@@ -66,9 +67,12 @@ def _cpu_s(source: PrometheusSource) -> float:
 def _rows(query: Query, services: int) -> list[dict[str, Any]]:
     now_s = 1.8e9
     edges: tuple[str, ...] = EDGES if query.signal.endswith("_bucket") else ("",)
-    value = str(now_s) if query.signal == "sample_time" else "1.5"
+    value = {"sample_time": str(now_s), "seen": "3"}.get(query.signal, "1.5")
+    more: list[dict[str, str]] = [{"le": edge} if edge else {} for edge in edges]
+    if query.signal in ("seen", "sample_time"):
+        more = [{"instance": f"10.0.0.{replica}:8000", "job": "engines"} for replica in range(REPLICAS)]
     return [
-        {"metric": {query.label: f"s{number}", **({"le": edge} if edge else {})}, "value": [now_s, value]}
+        {"metric": {query.label: f"s{number}", **labels}, "value": [now_s, value]}
         for number in range(services)
-        for edge in edges
+        for labels in more
     ]

@@ -9,8 +9,11 @@ from typing import TypeVar
 
 import pytest
 from fault_proxy import FaultProxy
+from kube_objects import create_deployment, empty_namespace, kube_api
 from kube_server import KubeApiServer
 from servers import HAProxy, Prometheus, start
+
+from autoscaler.actuators.kube_api import KubeApi
 
 Server = TypeVar("Server")
 
@@ -28,6 +31,14 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     server.stop()
 
 
+@pytest.fixture(params=[2, 3], ids=["prometheus2", "prometheus3"])
+def each_prometheus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Prometheus]:
+    """Both versions, one of its own for each test: what another test scraped would be answered for five minutes."""
+    server = start(Prometheus, tmp_path / "prometheus", scrape_s=0.5, major=request.param)
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def haproxy(tmp_path: Path) -> Iterator[HAProxy]:
     server = start(HAProxy, tmp_path / "haproxy", ["chat", "code"])
@@ -38,17 +49,33 @@ def haproxy(tmp_path: Path) -> Iterator[HAProxy]:
 @pytest.fixture
 def haproxy_with_servers(tmp_path: Path) -> Iterator[HAProxy]:
     """Backends chat and code, each with two servers of the configuration file at which nobody answers."""
-    servers = {service: [("r1", "127.0.0.1:9"), ("r2", "127.0.0.1:10")] for service in ("chat", "code")}
+    servers = {service: [("r1", "127.0.0.1:9 check"), ("r2", "127.0.0.1:10 check")] for service in ("chat", "code")}
     server = start(HAProxy, tmp_path / "haproxy", list(servers), servers)
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="session")
-def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
+def kube_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
     server = start(KubeApiServer, tmp_path_factory.mktemp("kube"))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def kube(kube_server: KubeApiServer) -> KubeApiServer:
+    """The session's API server; each test finds an empty namespace, whatever the one before it has left."""
+    empty_namespace(kube_server)
+    return kube_server
+
+
+@pytest.fixture
+def api(kube: KubeApiServer) -> Iterator[KubeApi]:
+    """Deployment chat of two replicas, and nothing else in the namespace."""
+    create_deployment(kube, "chat", replicas=2)
+    api = kube_api(kube)
+    yield api
+    api.close()
 
 
 @pytest.fixture

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import queue
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 import urllib.error
@@ -12,6 +16,15 @@ import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+
+class Quiet(ThreadingHTTPServer):
+    """A client that was killed leaves no traceback."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class FaultProxy:
@@ -19,12 +32,13 @@ class FaultProxy:
 
     `fault` is called with method and path and returns what to do: None to pass on, an HTTP status to answer with,
     "slow" to wait for `delay_s` and pass on what is still waited for then, "cut" to end the connection in the middle
-    of the answer, "empty" for no body.
+    of the answer, "empty" for no body, bytes for a body of its own with status 200. A watch is passed on event by
+    event, and broken off as soon as there is a fault that is not "silent".
     """
 
     def __init__(self, upstream: str, ca: Path | None = None) -> None:
         self.upstream, self.delay_s = upstream, 5.0
-        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.fault: Callable[[str, str], int | str | bytes | None] = lambda method, path: None
         self.seen: list[tuple[str, str]] = []
         context = ssl.create_default_context(cafile=str(ca)) if ca else None
         proxy = self
@@ -39,13 +53,16 @@ class FaultProxy:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length) if length else None
                 path = self.path.partition("?")[0]
-                proxy.seen.append((self.command, path))
+                proxy.seen.append(("WATCH" if "watch=true" in self.path else self.command, path))
                 fault = proxy.fault(self.command, path)
-                if fault == "slow":
+                if fault in ("slow", "silent"):
                     time.sleep(proxy.delay_s)
                     if self._abandoned():
                         self.close_connection = True
                         return
+                if isinstance(fault, bytes):
+                    self._send(200, fault, "text/html")
+                    return
                 if isinstance(fault, int):
                     message = b'{"kind":"Status","message":"made to fail"}'
                     self._send(fault, message, "application/json")
@@ -56,6 +73,9 @@ class FaultProxy:
                         request.add_header(name, value)
                 try:
                     with urllib.request.urlopen(request, timeout=30, context=context) as response:
+                        if "watch=true" in self.path:
+                            self._stream(response, path)
+                            return
                         status, data = response.status, response.read()
                         kind = response.headers.get("Content-Type", "application/json")
                 except urllib.error.HTTPError as error:
@@ -71,6 +91,36 @@ class FaultProxy:
                     self.close_connection = True
                     return
                 self._send(status, b"" if fault == "empty" else data, kind)
+
+            def _stream(self, response: http.client.HTTPResponse, path: str) -> None:
+                self.close_connection = True
+                self.send_response(response.status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                lines: queue.Queue[bytes] = queue.Queue()
+
+                def read() -> None:
+                    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed by the other thread
+                        for line in response:
+                            lines.put(line)
+                    lines.put(b"")
+
+                threading.Thread(target=read, daemon=True).start()
+                while not self._abandoned():
+                    fault = proxy.fault(self.command, path)
+                    if fault == "silent":
+                        time.sleep(0.05)
+                        continue
+                    if fault is not None:
+                        return
+                    try:
+                        line = lines.get(timeout=0.05)
+                    except queue.Empty:
+                        continue
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+                    if not line:
+                        return
 
             def _abandoned(self) -> bool:
                 """Whether the client has hung up: what waits in front of a slow server is dropped then."""
@@ -89,7 +139,7 @@ class FaultProxy:
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Quiet(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

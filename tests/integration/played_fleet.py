@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import Any
 
 from aiohttp import web
-from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, pod_template
+from kube_objects import DEPLOYMENTS, PODS, delete, kube_api, played_pod
 from kube_server import KubeApiServer
 from servers import Prometheus, free_port
 
-from autoscaler.actuators.kubernetes_objects import DELETION_COST
+from autoscaler.actuators.kubernetes_pods import DELETION_COST
 from autoscaler.emulation.engine import EmulatedEngine
 from autoscaler.emulation.server import EngineServer
 from policies.engine import EngineProfile
@@ -104,9 +103,7 @@ class PlayedFleet:
         await runner.setup()
         await web.TCPSite(runner, self._address(name), self.port).start()
         self._engines[name] = (runner, server)
-        template: dict[str, Any] = pod_template({"app": self.service})
-        template["metadata"]["name"] = name
-        await asyncio.to_thread(self._api.post, PODS, {"apiVersion": "v1", "kind": "Pod", **template})
+        await asyncio.to_thread(self._api.post, PODS, played_pod(name, self.service))
         self._scrape()
 
     async def _remove(self, count: int) -> None:

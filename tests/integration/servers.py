@@ -6,8 +6,10 @@ A server whose program is not installed raises `Missing`, with how to get it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -50,10 +52,19 @@ def program(name: str, package: str) -> str:
     return found
 
 
+PORTS = range(20_000, 32_000)
+"""Below the kernel's own: no client's connection takes one of these between its choice and a server's start."""
+
+_ports = itertools.count(os.getpid() * 997 % len(PORTS))  # tests side by side begin far from each other
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback on which nobody listens, that this process has not named before."""
+    for number in itertools.islice(_ports, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", PORTS[number % len(PORTS)]))
+            return PORTS[number % len(PORTS)]
+    raise AssertionError(f"no port of {PORTS} is free")
 
 
 def wait_until(true: Callable[[], object], what: str, limit_s: float = START_S, pause_s: float = 0.05) -> None:
@@ -82,7 +93,9 @@ def _die_with_parent() -> None:
 class Process:
     """A server that is stopped with `stop`, or by the kernel when the tests die."""
 
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> None:
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -93,6 +106,7 @@ class Process:
                 cwd=ROOT,
                 env={**os.environ, **(env or {})},
                 preexec_fn=_die_with_parent,
+                user=user,
             )
 
     def wait(self, ready: Callable[[], object], what: str) -> None:
@@ -173,6 +187,19 @@ class Guard:
         return [f"--web.config.file={folder / 'web.yml'}"]
 
 
+PROMETHEUS_3 = Path(os.environ.get("JEVONS_PROMETHEUS_3") or Path.home() / ".cache/jevons/prometheus-3/prometheus")
+"""A second Prometheus beside the one of the system."""
+
+
+def prometheus_program(major: int) -> str:
+    """The system's Prometheus 2, or Prometheus 3 from where `.ci/servers` unpacks it."""
+    if major == 2:
+        return program("prometheus", "prometheus")
+    if not PROMETHEUS_3.exists():
+        raise Missing(f"there is no {PROMETHEUS_3}: run .ci/servers as root on Debian, or set JEVONS_PROMETHEUS_3")
+    return str(PROMETHEUS_3)
+
+
 class Prometheus(Process):
     """Prometheus with files of targets, which `scrape` writes.
 
@@ -180,11 +207,25 @@ class Prometheus(Process):
         folder: its own.
         scrape_s: time between two scrapes, seconds.
         guard: certificate and password, none when left out.
+        major: its version.
+        job: more settings of the scrapes.
+        again: the same of those of the second job; as `job` when left out.
+        features: what is switched on with `--enable-feature`.
     """
 
-    def __init__(self, folder: Path, scrape_s: float = 1.0, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        scrape_s: float = 1.0,
+        guard: Guard | None = None,
+        major: int = 2,
+        job: Mapping[str, Any] = {},
+        features: Sequence[str] = (),
+        again: Mapping[str, Any] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port, self._guard = folder, free_port(), guard
+        self._program, self._features = prometheus_program(major), features
         self.url = f"{'https' if guard else 'http'}://127.0.0.1:{self.port}"
         (folder / "targets.json").write_text("[]")
         interval = f"{round(scrape_s * 1000)}ms"
@@ -192,9 +233,14 @@ class Prometheus(Process):
             "global": {"scrape_interval": interval, "scrape_timeout": interval},
             "scrape_configs": [
                 {
-                    "job_name": "tests",
-                    "file_sd_configs": [{"files": [str(folder / "targets*.json")], "refresh_interval": "1s"}],
+                    "job_name": name,
+                    "file_sd_configs": [{"files": [str(folder / files)], "refresh_interval": "1s"}],
+                    **settings,
                 }
+                for name, files, settings in (
+                    ("tests", "targets*.json", job),
+                    ("again", "again.json", job if again is None else again),
+                )
             ],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -204,11 +250,13 @@ class Prometheus(Process):
         Process.__init__(
             self,
             [
-                program("prometheus", "prometheus"),
+                self._program,
                 f"--config.file={self.folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={self.folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
                 "--web.enable-lifecycle",
+                "--scrape.discovery-reload-interval=1s",
+                *(f"--enable-feature={one}" for one in self._features),
                 *(self._guard.options(self.folder) if self._guard else ()),
             ],
             self.folder / "prometheus.log",
@@ -231,28 +279,59 @@ class Prometheus(Process):
 
     def scrape(self, groups: Sequence[tuple[str, Mapping[str, str]]], owner: str = "") -> None:
         """Scrape these, (address, labels), in the place of what the same owner named before."""
-        targets = self.folder / f"targets{owner}.json"
+        self._write(self.folder / f"targets{owner}.json", groups)
+
+    def relabel(self, rule: Mapping[str, Any]) -> None:
+        """Relabel every series that is scraped from now on."""
+        file = self.folder / "prometheus.yml"
+        config = yaml.safe_load(file.read_text())
+        for job in config["scrape_configs"]:
+            job["metric_relabel_configs"] = [dict(rule)]
+        file.write_text(yaml.safe_dump(config))
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/-/reload", method="POST"), timeout=10).close()
+
+    def scrape_again(self, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+        """Scrape these in a second job as well."""
+        self._write(self.folder / "again.json", groups)
+
+    @staticmethod
+    def _write(targets: Path, groups: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         partial = targets.with_suffix(".partial")
         partial.write_text(json.dumps([{"targets": [at], "labels": dict(labels)} for at, labels in groups]))
         partial.replace(targets)
 
     def wait_scraped(self, addresses: Sequence[str]) -> None:
-        """Until each has been scraped; Prometheus takes up new targets after up to five seconds."""
+        """Until each has been scraped; Prometheus takes up new targets after a second or two."""
+
+        active: list[dict[str, Any]] = []
 
         def scraped() -> bool:
             request = urllib.request.Request(f"{self.url}/api/v1/targets", headers=self._headers)
             with urllib.request.urlopen(request, timeout=5, context=self._context) as response:
-                active = json.load(response)["data"]["activeTargets"]
+                active[:] = json.load(response)["data"]["activeTargets"]
             up = {one["labels"]["instance"] for one in active if one["health"] == "up"}
             return up >= set(addresses)
 
-        wait_until(scraped, "all targets are scraped")
+        try:
+            wait_until(scraped, "all targets are scraped")
+        except AssertionError as late:
+            seen = {one["labels"]["instance"]: (one["health"], one["lastError"]) for one in active}
+            log = self.log.read_text(errors="replace")[-2000:]
+            raise AssertionError(
+                f"{late}; wanted {list(addresses)}, {self.url} scrapes {seen}; its log: {log}"
+            ) from late
 
 
 class HAProxy(Process):
     """HAProxy with backends whose servers come and go through the Runtime API."""
 
-    def __init__(self, folder: Path, backends: Sequence[str], servers: Mapping[str, Sequence[tuple[str, str]]] = {}):
+    def __init__(
+        self,
+        folder: Path,
+        backends: Sequence[str],
+        servers: Mapping[str, Sequence[tuple[str, str]]] = {},
+        health: str = "option httpchk GET /health",
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.socket = folder / "haproxy.sock"
         self.ports = {name: free_port() for name in backends}
@@ -266,18 +345,24 @@ class HAProxy(Process):
             "  mode http",
             "  log global",
             "  option httplog",
+            # As docs/actuators.md has it.
             "  option http-server-close",
-            "  timeout connect 5s",
+            "  option http-buffer-request",
+            "  retries 3",
+            "  option redispatch 1",
+            "  retry-on conn-failure empty-response 503",
+            "  timeout connect 1s",
             "  timeout client 300s",
             "  timeout server 300s",
             "  timeout queue 300s",
+            "  timeout check 5s",
             "frontend metrics",
             f"  bind 127.0.0.1:{self.metrics_port}",
             "  http-request use-service prometheus-exporter if { path /metrics }",
         ]
         for name in backends:
             lines += [f"frontend {name}-in", f"  bind 127.0.0.1:{self.ports[name]}", f"  default_backend {name}"]
-            lines += [f"backend {name}", "  balance leastconn"]
+            lines += [f"backend {name}", "  balance leastconn", f"  {health}"]
             lines += [f"  server {server} {address} maxconn 64" for server, address in servers.get(name, ())]
         (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
         super().__init__(

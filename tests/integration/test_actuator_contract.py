@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from kube_objects import create_deployment, delete_config_maps, set_ready
+from kube_objects import create_deployment, set_ready
 from kube_server import KubeApiServer
 from servers import HAProxy, wait_until
 
@@ -98,7 +98,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
             )
             for service in SERVICES:
                 set_ready(request.getfixturevalue("kube"), service, 8)
-            delete_config_maps(request.getfixturevalue("kube"))
             # A cap falls only after the replicas asked for are ready: one tick later at the soonest.
             return World(lambda specs: build_actuator(config, specs), True, True, ticks=2)
         case _:

@@ -19,20 +19,23 @@ import aiohttp
 import numpy as np
 import pytest
 import yaml
-from kube_objects import create_deployment, delete_pods
+from kube_objects import create_deployment
 from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
 from servers import Controller, HAProxy, MLflow, Prometheus, start, wait_until
 from slow_engine import slow_engine
 
 from autoscaler.hosting.config import LiveConfig
+from autoscaler.hosting.progress import Watchdog
 from autoscaler.hosting.service import LiveService
 from autoscaler.records.database import Database
 from autoscaler.records.ticks import Tick, read_ticks
+from autoscaler.versions.registry import BUNDLE_FILE
 from policies.engine import ColdStart
 from policies.learned import load_bundle
 from policies.lineup import SHIPPED_BUNDLE
-from training.versions.registry import BUNDLE_FILE, register
+from policies.secret_url import REVEALED
+from training.versions.registry import register
 from training.versions.tracking import connect, experiment_id
 
 MOST, PEAK_SIZE = 6, 4
@@ -109,7 +112,7 @@ def config(
         "records": {"url": f"sqlite:///{folder / fleet.service}.db"},
         "lease": {"kind": "kubernetes", "connection": connection, "prefix": f"jevons-{fleet.port}-"},
         "exposition": {"port": 0},
-        "limits": {"read_s": 30.0, "record_s": 30.0, "act_s": 60.0, "conclude_s": 30.0},
+        "limits": {"read_s": 30.0, "record_s": 30.0, "permit_s": 30.0, "act_s": 60.0, "conclude_s": 30.0},
     }
     supervision = {"max_decision_age_s": 60.0, "revalidation": {"wait_s": changes.pop("wait_s", 15.0)}}
     changes["policy"] = {"cache": folder / "policies", **changes["policy"]}
@@ -185,7 +188,8 @@ def played(
     Without a process that hosts it, the live controller is run here; the static fleet's always is.
     """
     here = [LiveService(fixed)] + ([] if controller else [LiveService(live)])
-    loops = [threading.Thread(target=service.run, daemon=True) for service in here]
+    watchdog = Watchdog()
+    loops = [threading.Thread(target=service.run, args=(watchdog,), daemon=True) for service in here]
     database = Database(live.database_url)
     database.create()
     try:
@@ -256,7 +260,6 @@ def fleets(
     prometheus: Prometheus, haproxy: HAProxy, kube: KubeApiServer, boot_s: float
 ) -> Iterator[tuple[PlayedFleet, PlayedFleet]]:
     """One that is to be scaled, and a static one."""
-    delete_pods(kube)
     create_deployment(kube, "chat", 1)
     create_deployment(kube, "code", PEAK_SIZE)
     prometheus.scrape([(f"127.0.0.1:{haproxy.metrics_port}", {"job": "haproxy"})], "-haproxy")
@@ -268,7 +271,7 @@ def fleets(
 
 FAST = {
     "interface": {"window": {"control_interval_s": 3.0, "metrics_delay_s": 1.0}},
-    "guardrails": {"scale_down_cooldown_s": 9.0},
+    "guardrails": {"scale_down_cooldown_s": 9.0, "scale_down_window_s": 6.0, "scale_down_worth_s": 24.0},
 }
 
 
@@ -333,7 +336,7 @@ def test_the_shipped_policy_from_a_registry_meets_a_burst_for_less_than_a_static
         tmp_path, prometheus, haproxy, kube, fixed_fleet, policy={"reference": f"static:replicas={PEAK_SIZE}"}, **slow
     )
     path = tmp_path / "live.yaml"
-    path.write_text(yaml.safe_dump(live.model_dump(mode="json", exclude_none=True)))
+    path.write_text(yaml.safe_dump(live.model_dump(mode="json", exclude_none=True, context=REVEALED)))
     controller = Controller(tmp_path, path, host)
     try:
         course = played(Burst(90.0, 60.0, 120.0, 250.0), live, fleet, fixed, fixed_fleet, haproxy, controller, 900.0)

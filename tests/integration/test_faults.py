@@ -103,7 +103,7 @@ class World:
                 "service": name,
                 "slo": {"ttft_s": 2.0, "tpot_s": 0.05, "attainment": 0.9},
                 "pools": [{"engine": find_engine("llama-3.1-8b-h100", Path()), "max_replicas": 8}],
-                "guardrails": {"scale_down_cooldown_s": 0.0},
+                "guardrails": {"scale_down_cooldown_s": 0.0, "scale_down_window_s": 0.0, "scale_down_worth_s": 0.0},
             }
             for name in (self.chat, self.code)
         ]
@@ -139,13 +139,13 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def servers(kube: KubeApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
+def servers(kube_server: KubeApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
     prometheus = start(Prometheus, tmp_path_factory.mktemp("prometheus"), scrape_s=0.5)
     prometheus_proxy = FaultProxy(prometheus.url)
-    kube_proxy = FaultProxy(f"https://127.0.0.1:{kube.port}", ca=kube.ca)
+    kube_proxy = FaultProxy(f"https://127.0.0.1:{kube_server.port}", ca=kube_server.ca)
     prometheus_proxy.delay_s = kube_proxy.delay_s = 5.0
-    kubeconfig = kube.write_kubeconfig("faults", "admin-token", kube_proxy.url)
-    yield prometheus, prometheus_proxy, kube, kube_proxy, kubeconfig
+    kubeconfig = kube_server.write_kubeconfig("faults", "admin-token", kube_proxy.url)
+    yield prometheus, prometheus_proxy, kube_server, kube_proxy, kubeconfig
     prometheus_proxy.stop()
     kube_proxy.stop()
     prometheus.stop()
@@ -219,6 +219,7 @@ def stale(world: World) -> Undo:
 
     def mend() -> None:
         world.engines[world.chat] = good
+        load(good, 60.0, 200.0)
         world.scrape()
 
     return mend
@@ -310,6 +311,34 @@ FAULTS = {
 }
 
 
+@pytest.mark.plays(
+    "Prometheus down, slow, 500, empty answers",
+    "every service is held",
+)
+@pytest.mark.plays(
+    "samples stale or NaN",
+    "that service is held (`missing_metrics`), the others go on",
+)
+@pytest.mark.plays(
+    "API server 403, 409, 429, 500, time-out, connection cut",
+    "retried within the limit where that can help, then that service is held (`actuation_failed`), the others go on",
+)
+@pytest.mark.plays(
+    "target deleted",
+    "that service is held (`missing_metrics`), named in the status; scaled again when it is back",
+)
+@pytest.mark.plays(
+    "HPA on the same target",
+    "held (`other_autoscaler`), named, never fought",
+)
+@pytest.mark.plays(
+    "HPAs or ScaledObjects cannot be read",
+    "held (`owner_unknown`): what cannot be read forbids",
+)
+@pytest.mark.plays(
+    "database locked",
+    "held (`not_recorded`): what is not recorded is not carried out",
+)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_holds_what_it_must_and_nothing_else(world: World, name: str) -> None:
     fault = FAULTS[name]
@@ -334,6 +363,10 @@ def test_a_fault_holds_what_it_must_and_nothing_else(world: World, name: str) ->
     ticks_until(service, lambda _: world.replicas(world.chat) > 1 and world.replicas(world.code) > 1, "scaled")
 
 
+@pytest.mark.plays(
+    "a counter is reset",
+    "nothing: the rate counts on from zero",
+)
 def test_a_counter_that_is_reset_holds_nothing(world: World) -> None:
     service = world.service()
     ticks_until(service, lambda seen: said(seen, 0)[0] == "unchanged", "all is well")
@@ -344,6 +377,12 @@ def test_a_counter_that_is_reset_holds_nothing(world: World) -> None:
     assert world.replicas(world.chat) == 1
 
 
+@pytest.mark.plays(
+    "replicas never ready",
+    "they count as there, so that no more are asked for than the load needs; no scale-down while they start "
+    "(`replicas_starting`), but after three cold starts they keep nothing, go first and are named with the pod's own "
+    "reason",
+)
 def test_replicas_that_never_get_ready_are_neither_doubled_nor_given_back(world: World) -> None:
     """Nobody plays the kubelet: what was asked for stays unready."""
     service = world.service()
@@ -371,6 +410,14 @@ def test_replicas_that_never_get_ready_are_neither_doubled_nor_given_back(world:
     ticks_until(service, lambda _: world.replicas(world.chat) < before, "given back when they are ready")
 
 
+@pytest.mark.plays(
+    "MLflow down",
+    "what is loaded goes on, after a restart the kept copy; with neither the baseline decides (`bundle_refused`)",
+)
+@pytest.mark.plays(
+    "corrupt bundle",
+    "refused; what is loaded goes on, with nothing loaded the baseline decides (`bundle_refused`)",
+)
 @pytest.mark.parametrize("policy", ["corrupt bundle", "MLflow down"])
 def test_without_its_bundle_the_baseline_decides(world: World, policy: str) -> None:
     reference: dict[str, Any] = {"reference": "models:/chat@champion", "tracking_uri": "http://127.0.0.1:9"}
@@ -387,6 +434,10 @@ def test_without_its_bundle_the_baseline_decides(world: World, policy: str) -> N
     assert service.status()["problems"] != []
 
 
+@pytest.mark.plays(
+    "the wall clock jumps by a day, either way",
+    "nothing: ticks, cooldowns and leases run on a clock that only counts what has passed",
+)
 @pytest.mark.parametrize("jump_s", [-86400.0, 86400.0])
 def test_a_jump_of_the_wall_clock_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch, jump_s: float) -> None:
     service = LiveService(world.config(), clock=SteadyWallClock())
@@ -402,6 +453,10 @@ def test_a_jump_of_the_wall_clock_changes_nothing(world: World, monkeypatch: pyt
     ticks_until(service, lambda _: world.replicas(world.chat) > 1, "scaled")
 
 
+@pytest.mark.plays(
+    "two controllers",
+    "one acts, the other stands by; a late write is refused because of its token",
+)
 def test_of_two_controllers_one_acts_and_the_other_stands_by(world: World) -> None:
     first = world.service()
     second = LiveService(world.config())

@@ -48,8 +48,9 @@ def servers(haproxy: HAProxy, backend: str = "chat") -> dict[str, Server]:
 
 
 def routed(haproxy: HAProxy, backend: str = "chat") -> dict[str, str]:
-    """Addresses of the servers that get requests, by name."""
-    return {name: one.address for name, one in servers(haproxy, backend).items() if one.ready}
+    """Addresses of the servers that get requests while they are well, by name."""
+    found = servers(haproxy, backend).items()
+    return {name: one.address for name, one in found if not one.away and not one.draining}
 
 
 def cap(actuator: HAProxyActuator, value: int) -> None:
@@ -167,17 +168,58 @@ def test_a_slot_goes_to_the_next_replica_and_none_is_ever_deleted(
 def test_servers_of_others_and_services_that_are_not_named_are_left_alone(
     haproxy_with_servers: HAProxy, engines: list[Engine]
 ) -> None:
-    before = {backend: servers(haproxy_with_servers, backend) for backend in ("chat", "code")}
+    def set_up() -> dict[str, dict[str, tuple[object, ...]]]:
+        """Servers without what their health checks, which fail here, make of them."""
+        return {
+            backend: {
+                name: (one.address, one.away, one.draining, one.cap)
+                for name, one in servers(haproxy_with_servers, backend).items()
+            }
+            for backend in ("chat", "code")
+        }
+
+    before = set_up()
     code = ScalingSpec(service="code", slo=SPEC.slo, pools=SPEC.pools)
     made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy_with_servers.socket),), route=("chat",)), [SPEC, code])
     for pool in pools_of([SPEC, code]):
         made.follow(pool, {"pod": engines[0].address, "known": "127.0.0.1:9"}, ())
         assert made.drain(pool, {"known": "127.0.0.1:9"}) == {"known": 0}
         made.follow(pool, {}, ())
-    after = {backend: servers(haproxy_with_servers, backend) for backend in ("chat", "code")}
+    after = set_up()
     assert after["code"] == before["code"]
     assert {name: one for name, one in after["chat"].items() if name != "jevons-1"} == before["chat"]
-    assert after["chat"]["jevons-1"].away
+    assert servers(haproxy_with_servers)["jevons-1"].away
+
+
+def test_one_reading_serves_all_services_and_none_outlives_our_own_change(
+    haproxy: HAProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = ScalingSpec(service="code", slo=SPEC.slo, pools=SPEC.pools)
+    specs = [SPEC, code]
+    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),), route=("*",)), specs)
+    (process,) = made._processes
+    asked: list[str] = []
+    ask = process.ask
+    monkeypatch.setattr(process, "ask", lambda command, *rest: (asked.append(command), ask(command, *rest))[1])
+    made.state()
+    assert asked == ["show stat -1 6 -1", "show servers state"]
+    for number, pool in enumerate(pools_of(specs)):
+        made.follow(pool, {"r1": f"127.0.0.1:{number + 11}"}, ())
+    assert made.state().replicas_ready.tolist() == [[1.0], [1.0]]  # what was added just now is seen
+    missing = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),), backend="nobody"), [SPEC])
+    assert missing.state().problems == (f"{haproxy.socket}: backend nobody: there is none by that name",)
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"), [("2.6.12-1+deb12u2", True), ("3.0.5", True), ("2.4.22", False), ("", False)]
+)
+def test_check_names_a_version_that_routing_is_not_tested_with(
+    haproxy: HAProxy, monkeypatch: pytest.MonkeyPatch, version: str, ok: bool
+) -> None:
+    made = HAProxyActuator(HAProxyConfig(sockets=(str(haproxy.socket),), route=("chat",)), [SPEC])
+    assert [line.ok for line in made.check() if line.subject.endswith(" version")] == [True]
+    monkeypatch.setattr(made._processes[0], "version", lambda: version)
+    assert [line.ok for line in made.check() if line.subject.endswith(" version")] == [ok]
 
 
 def test_pools_that_share_a_backend_keep_their_own_servers_and_caps(haproxy: HAProxy) -> None:
@@ -194,6 +236,10 @@ def test_pools_that_share_a_backend_keep_their_own_servers_and_caps(haproxy: HAP
     assert made.state().batch_cap.tolist() == [[5, 9]]
 
 
+@pytest.mark.plays(
+    "replicas die under load",
+    "their slots go into maintenance, none is deleted; HAProxy lives",
+)
 def test_a_replica_that_dies_and_comes_back_200_times_under_load_does_not_hurt_haproxy(
     actuator: HAProxyActuator, haproxy: HAProxy, engines: list[Engine]
 ) -> None:
@@ -232,6 +278,18 @@ def test_check_says_where_requests_would_find_no_replica(haproxy: HAProxy) -> No
     assert lines["backend chat"].detail.endswith("list its servers in HAProxy's configuration, or add chat to `route`")
     assert not lines["backend code"].ok
     assert lines["backend code"].detail.endswith("at zero replicas HAProxy answers 503 at once: set min_replicas to 1")
+
+
+def test_without_maxconn_the_engines_own_limit_is_in_force(actuator: HAProxyActuator) -> None:
+    """As HAProxy is configured in the documentation; nothing is set before Jevons acts."""
+    assert actuator.state().batch_cap.tolist() == [[PROFILE.max_num_seqs]]
+    line = next(line for line in actuator.check() if line.subject == "backend chat")
+    assert line.ok
+    assert f"maxconn none: until Jevons sets it, the engine's own limit of {PROFILE.max_num_seqs}" in line.detail
+    cap(actuator, 5)
+    assert actuator.state().batch_cap.tolist() == [[5]]
+    cap(actuator, 4000)  # more than an engine takes is no limit either
+    assert actuator.state().batch_cap.tolist() == [[PROFILE.max_num_seqs]]
 
 
 def test_an_unreachable_haproxy_is_a_problem_not_a_zero(tmp_path: Path) -> None:

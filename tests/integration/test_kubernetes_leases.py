@@ -57,11 +57,22 @@ def test_one_holds_the_other_waits_and_takes_over_with_a_larger_token(clean: Kub
 
 
 def test_check_names_the_rights_without_which_nobody_leads(clean: KubeApiServer) -> None:
-    subjects = [f"may {verb} leases in default" for verb in ("get", "create", "update")]
+    named = [f"may {verb} leases jevons-chat in default" for verb in ("get", "update")]
+    subjects = [*named, "may create leases in default"]  # as there is none yet
     allowed, limited = (leases(kubeconfig, "a/1", Steady()).check() for kubeconfig in (clean.kubeconfig, clean.limited))
     assert [(line.subject, line.ok) for line in allowed] == [(subject, True) for subject in subjects]
-    assert [(line.subject, line.ok) for line in limited] == [(subject, False) for subject in subjects]
+    assert [(line.subject, line.ok) for line in limited] == [(subject, False) for subject in named]
     assert {line.detail for line in limited} == {"not granted: bind a Role that allows it"}
+
+
+def test_a_lease_that_is_there_already_is_taken_and_needs_no_right_to_make_one(clean: KubeApiServer) -> None:
+    api = kube_api(clean)
+    api.post(LEASES, {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "jevons-chat"}})
+    own = leases(clean.kubeconfig, "a/1", Steady())
+    assert "may create leases in default" not in {line.subject for line in own.check()}
+    assert own.renew().tolist() == [1]
+    own.release()
+    api.close()
 
 
 def test_of_two_that_read_the_same_lease_one_may_write(clean: KubeApiServer) -> None:
@@ -82,11 +93,48 @@ def test_the_annotation_stops_one_service(clean: KubeApiServer) -> None:
     api = kube_api(clean)
     api.merge(f"{LEASES}/jevons-code", {"metadata": {"annotations": {ANNOTATION: "true"}}})
     own.renew()
-    assert own.annotated() == ("", f"annotation {ANNOTATION} of Lease jevons-code")
+    chat, code = own.annotated()
+    assert chat == ""
+    assert code.startswith(f"annotation {ANNOTATION} of Lease jevons-code; `kubectl annotate lease jevons-code ")
     api.merge(f"{LEASES}/jevons-code", {"metadata": {"annotations": {ANNOTATION: None}}})
     own.renew()
     assert own.annotated() == ("", "")
     api.close()
+
+
+@pytest.mark.plays(
+    "one service's Lease cannot be read or written",
+    "held (`not_leader`) after two thirds of its duration, and named; the others are renewed",
+)
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_a_lease_that_fails_leaves_the_others_renewed(
+    clean: KubeApiServer, faulty_kube: tuple[FaultProxy, Path], method: str
+) -> None:
+    proxy, kubeconfig = faulty_kube
+    own = leases(kubeconfig, "a/1", Steady(), "chat", "code")
+    assert own.renew().tolist() == [1, 1]
+    own._api.connection = own._api.connection.model_copy(update={"deadline_s": 0.5})
+    proxy.fault = lambda asked, path: 500 if (asked, path) == (method, f"{LEASES}/jevons-chat") else None
+    before = renewed(clean, "jevons-code")
+    assert own.renew().tolist() == [NOT_HELD, 1]
+    assert renewed(clean, "jevons-code") > before
+    failed, well = own.unread()
+    assert failed.startswith("Lease jevons-chat: HTTP 500")
+    assert well == ""
+    with pytest.raises(LeasesUnavailable, match="Lease jevons-chat: HTTP 500"):
+        own.release()
+    proxy.fault = lambda asked, path: None
+    other = leases(clean.kubeconfig, "b/1", Steady(), "chat", "code")
+    assert other.renew().tolist() == [NOT_HELD, 2]  # what could be handed back was
+    assert own.renew().tolist() == [1, NOT_HELD]
+    assert own.unread() == ("", "")
+
+
+def renewed(server: KubeApiServer, name: str) -> str:
+    api = kube_api(server)
+    found = str(api.get(f"{LEASES}/{name}")["spec"]["renewTime"])
+    api.close()
+    return found
 
 
 def test_without_the_right_to_leases_nothing_is_held_and_the_server_is_quoted(clean: KubeApiServer) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from kube_objects import create_deployment, delete_pods, replicas_of
+from kube_objects import create_deployment, replicas_of
 from kube_server import KubeApiServer
 from played_fleet import PlayedFleet
 from servers import ROOT, HAProxy, Process, Prometheus, wait_until
@@ -78,7 +78,6 @@ class Folder:
 
 @pytest.fixture
 def folder(prometheus: Prometheus, haproxy: HAProxy, kube: KubeApiServer, tmp_path: Path) -> Iterator[Folder]:
-    delete_pods(kube)
     create_deployment(kube, "chat", 1)
     prometheus.scrape([(f"127.0.0.1:{haproxy.metrics_port}", {"job": "haproxy"})], "-haproxy")
     fleet = PlayedFleet(kube, prometheus, "chat", find_engine("llama-3.1-8b-h100", Path()), 1.0, PORT)
@@ -128,8 +127,8 @@ def test_the_readmes_live_quickstart_does_what_it_says(
                 case "check":
                     assert answer.stderr.strip().endswith("0 problems")
                 case "status":
-                    assert "leads 1 of 1 services, policy default.zip@" in " ".join(answer.stdout.split())
-                    assert re.search(r"chat +advise +1 -> \d+ +advised", answer.stdout)
+                    assert "leads 1 of 1 services, policy default.zip@" in answer.stdout
+                    assert re.search(r"chat +READY .*advise +1 -> \d+ +advised", answer.stdout)
                 case "explain":
                     assert "chat" in answer.stdout
                     assert "advise" in answer.stdout

@@ -33,6 +33,7 @@ from slow_engine import slow_engine
 
 from autoscaler.hosting.config import LiveConfig
 from autoscaler.versions.counterfactuals import Counterfactuals
+from autoscaler.versions.timed_answers import TimedAnswers
 from envs.cluster.reading import Reading
 from envs.traffic.trace import Trace
 from policies.contract import Decision, Snapshot
@@ -118,7 +119,7 @@ class InProcess:
         self.policy = make_policy(live.policy.reference, self.fleet, specs)
         peers = {"hpa": make_policy("hpa", self.fleet, specs)}
         peers["challenger"] = make_policy(str(live.policy.challenger), self.fleet, specs)
-        self.peers = Counterfactuals(peers, self.fleet, np.zeros(1))
+        self.peers = Counterfactuals(peers, self.fleet, np.zeros(1), TimedAnswers(60.0))
 
     def decide(self, seen: Snapshot, through_prometheus: Decision) -> Decision:
         """Its own decision; the other one's is in force afterwards."""
@@ -126,7 +127,7 @@ class InProcess:
         seen = replace(seen, **{name: getattr(through_prometheus.snapshot, name) for name in shared})
         observation = self.decider.observe(seen)
         decision = self.decider.decide(observation, self.policy)
-        details = self.peers.of(decision.settled, observation, self.decider)
+        details = self.peers.of_peers(observation, self.decider)
         self.decider.amend(through_prometheus.settled, seen.time_s)
         return replace(decision, details=details)
 

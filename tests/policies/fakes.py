@@ -143,6 +143,8 @@ def observation(seen: Snapshot, demand: npt.ArrayLike = 1.0, batch_limit: npt.Ar
         demand=wanted.copy(),
         demand_mean=wanted.copy(),
         batch_limit=limit,
+        offered_load=wanted[:, 0].copy(),
+        offered_load_error=np.full(shape[0], 0.01),
     )
 
 

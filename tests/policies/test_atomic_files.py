@@ -33,6 +33,21 @@ def test_whoever_fails_half_way_leaves_the_old_file(tmp_path: Path, error: Excep
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_that_somebody_put_there_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "page.md"
+    victim.write_text("theirs")
+    path.symlink_to(victim)
+    write_text(path, "ours")  # the link is replaced, not what it leads to
+    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("ours", False, "theirs")
+
+    monkeypatch.setattr("policies.atomic_files.secrets.token_hex", lambda _: "guessed")
+    partial = tmp_path / ".page.md.guessed.partial"
+    partial.symlink_to(victim)
+    with pytest.raises(OSError, match="cannot be written: File exists"):
+        write_text(path, "new")
+    assert (path.read_text(), victim.read_text(), partial.is_symlink()) == ("ours", "theirs", True)
+
+
 def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"page\.md: cannot be written: Not a directory$"):

@@ -69,6 +69,8 @@ def row_of(seen: Observation, row: int, pools: int) -> Observation:
         blind=seen.blind[at],
         features=seen.features[at],
         **{name: getattr(seen, name)[at, :pools] for name in pool_arrays},
+        offered_load=seen.offered_load[at],
+        offered_load_error=seen.offered_load_error[at],
     )
 
 

@@ -80,7 +80,7 @@ def test_reason_words_name_exactly_the_set_codes() -> None:
     assert (Reason.BACKLOG | Reason.BOUNDS).words() == ["backlog", "bounds"]
     every = Reason(sum(int(reason) for reason in Reason))
     assert every.words() == [reason.name.lower() for reason in Reason if reason.name]
-    assert len(every.words()) == 23
+    assert len(every.words()) == 25
 
 
 def test_codes_are_stable_because_records_keep_them() -> None:
@@ -108,5 +108,7 @@ def test_codes_are_stable_because_records_keep_them() -> None:
         "NOT_RECORDED": 1048576,
         "OVERDUE": 2097152,
         "OWNER_UNKNOWN": 4194304,
+        "STEADY_TRAFFIC": 8388608,
+        "DRAINING": 16777216,
     }
     assert [int(outcome) for outcome in Outcome] == [0, 1, 2, 3]

@@ -46,15 +46,40 @@ def test_a_clock_that_goes_back_bills_nothing_twice() -> None:
     assert bill.usd.sum() == pytest.approx(price * 30)
 
 
-def test_tokens_are_those_of_finished_requests_within_what_the_window_covers() -> None:
+LOAD = {"finished_rps": 2.0, "prompt_tokens_mean": 100.0, "output_tokens_mean": 50.0, "arrival_rps": 90.0}
+HALF = {**LOAD, "finished_rps": 1.0}
+"""300 and 150 tokens a second."""
+
+
+def test_tokens_are_those_of_finished_requests_however_late_a_tick_comes() -> None:
+    bill, now_s, rng = meter(), 1000.0, np.random.default_rng(0)
+    bill.add(seen(1, window_s=5.0, **LOAD), now_s)
+    while now_s < 2000.0:
+        now_s += rng.uniform(5.0, 9.0)  # an interval of 5 seconds on a busy machine
+        bill.add(seen(1, window_s=5.0, **LOAD), now_s)
+    assert bill.tokens.sum() == pytest.approx(300.0 * (now_s - 1000.0))
+    before = bill.tokens.sum()
+    idle = {**LOAD, "finished_rps": 0.0, "prompt_tokens_mean": np.nan}
+    for _ in range(3):
+        now_s += 5.0
+        bill.add(seen(1, window_s=5.0, **idle), now_s)
+    assert bill.tokens.sum() == pytest.approx(before + 150.0 * 5.0)
+
+
+def test_tokens_of_a_blind_time_are_made_good_when_the_rate_is_known_again_even_after_a_restart() -> None:
     bill = meter()
-    load = {"finished_rps": 2.0, "prompt_tokens_mean": 100.0, "output_tokens_mean": 50.0, "arrival_rps": 90.0}
-    bill.add(seen(1, window_s=60.0, **load), 1000.0)
-    bill.add(seen(1, window_s=15.0, **load), 1015.0)
-    bill.add(seen(1, window_s=60.0, **load), 1915.0)  # a quarter of an hour of which the window tells a minute
-    assert bill.tokens.sum() == pytest.approx(2.0 * 150.0 * (15 + 60))
-    bill.add(seen(1, window_s=15.0, **{**load, "finished_rps": 0.0, "prompt_tokens_mean": np.nan}), 1930.0)
-    assert bill.tokens.sum() == pytest.approx(2.0 * 150.0 * (15 + 60))
+    bill.add(seen(1, **LOAD), 1000.0)
+    bill.add(missing(), 1015.0)
+    bill.add(missing(), 1030.0)
+    assert bill.tokens.sum() == 0.0
+    after = meter()
+    after.restore(bill.state())
+    after.add(missing(), 1300.0)
+    after.add(seen(1, **HALF), 1600.0)
+    assert after.tokens.sum() == pytest.approx((300.0 + 150.0) / 2 * 600.0)
+    after.add(seen(1, **HALF), 1500.0)  # a clock that goes back
+    after.add(seen(1, **HALF), 1510.0)
+    assert after.tokens.sum() == pytest.approx((300.0 + 150.0) / 2 * 600.0 + 1500.0)
 
 
 def test_a_pool_that_is_billed_by_the_node_pays_for_whole_nodes() -> None:

@@ -111,7 +111,7 @@ def test_blind_tick_says_so_when_a_hard_limit_moves_the_target() -> None:
 
 
 def test_cooldown_runs_from_the_last_change_of_the_total() -> None:
-    core = decider()
+    core = decider(scale_down_window_s=0.0)
     core.tick(at(100, replicas_target=4), ScriptedPolicy(target(6)))
     held = ([[6]], ["cooldown"], "UNCHANGED")
     assert words(core.tick(at(115), ScriptedPolicy(target(5)))) == held
@@ -122,7 +122,7 @@ def test_cooldown_runs_from_the_last_change_of_the_total() -> None:
 
 
 def test_exchange_between_pools_and_changes_of_the_cap_start_no_cooldown() -> None:
-    core = decider(fleet(pool(), spot()))
+    core = decider(fleet(pool(), spot()), scale_down_window_s=0.0)
     core.tick(at(100, pools=2, replicas_target=4), ScriptedPolicy(target([4, 4])))
     core.tick(at(115, pools=2), ScriptedPolicy(target([3, 5], 32)))
     assert words(core.tick(at(130, pools=2), ScriptedPolicy(target([3, 4], 32)))) == ([[3, 4]], [], "SCALED")

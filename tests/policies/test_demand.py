@@ -11,7 +11,7 @@ from fakes import engine, fleet, missing, pool, snapshot, snapshots
 from hypothesis import given, settings
 
 from policies.contract import Snapshot
-from policies.demand import Demand, RequestMix, estimate_demand
+from policies.demand import LONGEST, Demand, RequestMix, estimate_demand
 from policies.engine import StepModel
 from policies.fleet import Fleet
 
@@ -237,11 +237,32 @@ def test_context_of_running_requests_is_measured_not_guessed_from_finished_ones(
     """A few long requests among many short ones fill the batch, though hardly any of the finished ones is long."""
     mix, finished = RequestMix(1), np.array([200.0])
     assert mix.context(otherwise=finished).tolist() == [200.0]
-    mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.5), ONE)
-    measured = 0.5 * ONE.kv_capacity[0, 0] * 2.0 / 10.0
+    mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.1), ONE)
+    measured = 0.1 * ONE.kv_capacity[0, 0] * 2.0 / 10.0
     assert mix.context(finished) == pytest.approx([measured])
     mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=np.nan), ONE)
     assert mix.context(finished) == pytest.approx([measured])
     guessed, known = demand_of(snapshot()), estimate_demand(snapshot(), ONE, mix)
     assert known.tokens[0, 0] > guessed.tokens[0, 0]
     assert known.batch_limit[0, 0] < guessed.batch_limit[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_usage", "running", "context"),
+    [(0.9, 1.0, LONGEST * 300.0), (0.9, 0.55, LONGEST * 300.0), (0.0, 50.0, 200.0 / LONGEST)],
+)
+def test_context_is_bounded_by_the_lengths_of_finished_requests(
+    kv_cache_usage: float, running: float, context: float
+) -> None:
+    """A gauge that counts one of several ranks, or cached blocks, must not close the batches."""
+    mix = RequestMix(1)
+    for _ in range(5):
+        mix.update(snapshot(window_s=60.0, running=running, kv_cache_usage=kv_cache_usage), ONE)
+    assert mix.context(np.array([200.0])) == pytest.approx([context])
+
+
+def test_lengths_of_few_requests_bound_nothing() -> None:
+    """The first to finish are the shortest."""
+    mix = RequestMix(1)
+    mix.update(snapshot(window_s=60.0, running=10.0, kv_cache_usage=0.5, finished_rps=0.1), ONE)
+    assert mix.context(np.array([200.0])) == pytest.approx([0.5 * ONE.kv_capacity[0, 0] * 2.0 / 10.0])

@@ -115,5 +115,5 @@ def test_file_that_is_not_a_profile_is_named(tmp_path: Path, text: str) -> None:
 def test_broken_yaml_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("name: [unclosed", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml: line 1: not valid YAML"):
         load_engine(path)

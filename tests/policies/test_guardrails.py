@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from policies.engine import ColdStart
 from policies.fleet import Fleet
 from policies.guardrails import RULES, Situation, settle
 from policies.spec import GuardrailSpec
+from policies.steadiness import ScalingHistory
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -32,9 +34,10 @@ def situation(
     demand: npt.ArrayLike = 1.0,
     quiet_s: float = 1e6,
     cap: int = 64,
+    history: Mapping[str, npt.ArrayLike] | None = None,
     **guardrails: Any,
 ) -> Situation:
-    """A calm one unless told: healthy window, little demand, long quiet."""
+    """A calm one unless told: healthy window, little demand, long quiet, every wish long worth a change."""
     held = target(current, cap)
     window = seen or snapshot(n=len(services), pools=services.pools)
     return Situation(
@@ -43,8 +46,18 @@ def situation(
         spec=GuardrailSpec(**guardrails),
         current=held.replicas,
         current_cap=held.batch_cap,
-        quiet_s=np.full(len(services), quiet_s),
+        history=history_of(services, {"changed_s": window.time_s - quiet_s, "forgone_s": 1e9, **(history or {})}),
     )
+
+
+def history_of(services: Fleet, changes: Mapping[str, npt.ArrayLike]) -> ScalingHistory:
+    """A history in which nothing has happened but what is told, the same for all services."""
+    nothing = ScalingHistory.none(len(services), services.pools)
+    told = {
+        name: np.broadcast_to(value, getattr(nothing, name).shape).astype(getattr(nothing, name).dtype)
+        for name, value in changes.items()
+    }
+    return nothing._replace(**told)
 
 
 def settled(replicas: npt.ArrayLike, at: Situation, cap: int = 64) -> tuple[list[list[int]], Reason]:
@@ -61,6 +74,8 @@ def test_rules_come_in_this_order() -> None:
         Reason.REPLICAS_STARTING,
         Reason.COOLDOWN,
         Reason.STEP_LIMIT,
+        Reason.STEADY_TRAFFIC,
+        Reason.STEADY_TRAFFIC,
         Reason.MISSING_METRICS,
         Reason.BOUNDS,
         Reason.GPU_BUDGET,
@@ -316,6 +331,106 @@ def test_every_rule_that_changed_something_is_named() -> None:
     assert reasons == Reason.SLO_BURNING | Reason.STEP_LIMIT | Reason.BOUNDS | Reason.GPU_BUDGET
 
 
+# Steady traffic: the offered load of a situation is its demand, 1; its relative error 0.01, so its noise band 0.05
+
+
+def after(reversals: float = 0.0, highest_load: float = 1.0, **more: Any) -> dict[str, Any]:
+    """A fleet of 4 that nobody wished to be larger than 3 for a while, a second ago in the way of a change."""
+    return {
+        "reversals": reversals,
+        "span": 1,
+        "highest_load": highest_load,
+        "wish": 3,
+        "last_wish": 3,
+        "forgone_s": 0.0,
+        **more,
+    }
+
+
+def test_steady_traffic_never_delays_a_scale_up() -> None:
+    at = situation(4, quiet_s=60.0, history=after(reversals=5.0, wish=9))
+    assert settled(7, at) == ([[7]], Reason.NONE)
+
+
+def test_scale_down_goes_no_lower_than_what_was_wished_throughout_the_window() -> None:
+    assert settled(1, situation(4, history=after(wish=3, last_wish=2))) == (
+        [[3]],
+        Reason.STEADY_TRAFFIC | Reason.STEP_LIMIT,
+    )
+    assert settled(2, situation(4, history=after(wish=6, last_wish=2))) == ([[4]], Reason.STEADY_TRAFFIC)
+    assert settled(2, situation(4, history=after(wish=2, last_wish=6))) == ([[4]], Reason.STEADY_TRAFFIC)
+    assert settled(2, situation(4, history=after(wish=6), scale_down_window_s=0.0)) == ([[2]], Reason.NONE)
+
+
+@pytest.mark.parametrize(
+    ("reversals", "forgone_s", "expected"),
+    [(0.0, 0.0, 3), (1.0, 2159.0, 4), (1.0, 2161.0, 3), (2.0, 2161.0, 4), (2.0, 23_761.0, 3)],
+)
+def test_after_a_reversal_a_scale_down_must_be_worth_ten_times_as_much(
+    reversals: float, forgone_s: float, expected: int
+) -> None:
+    # 240 s of the fleet times 10 to the power of the reversals, less the first of them
+    at = situation(4, quiet_s=60.0, history=after(reversals, forgone_s=forgone_s), reversal_memory_s=1e9)
+    assert settled(3, at) == ([[expected]], Reason.STEADY_TRAFFIC if expected == 4 else Reason.NONE)
+
+
+def test_scale_down_larger_than_what_was_taken_back_does_not_wait() -> None:
+    at = situation(4, quiet_s=60.0, history=after(9.0, wish=2, last_wish=2))
+    assert settled(3, at) == ([[4]], Reason.STEADY_TRAFFIC)
+    assert settled(2, at) == ([[2]], Reason.NONE)
+
+
+def test_reversals_are_forgotten_with_time() -> None:
+    at: dict[str, Any] = {"quiet_s": 14_400.0, "history": after(1.0, forgone_s=340.0)}  # left: 0.37 of one, 320 s
+    assert settled(3, situation(4, **at)) == ([[3]], Reason.NONE)
+    assert settled(3, situation(4, **at, reversal_memory_s=28_800.0)) == ([[4]], Reason.STEADY_TRAFFIC)
+
+
+@pytest.mark.parametrize(("highest_load", "expected"), [(1.04, 4), (1.06, 2)])
+def test_fall_of_the_offered_load_beyond_its_noise_waits_for_nothing(highest_load: float, expected: int) -> None:
+    at = situation(4, quiet_s=60.0, history=after(9.0, highest_load, wish=9))
+    assert settled(2, at)[0] == [[expected]]
+
+
+def test_the_fewer_requests_arrive_the_larger_the_fall_must_be_up_to_a_limit() -> None:
+    at = situation(4, quiet_s=60.0, history=after(9.0, 1.14))
+    at.observation.offered_load_error[:] = 0.025
+    assert settled(2, at)[0] == [[4]]
+    at = situation(4, quiet_s=60.0, history=after(9.0, 1.2))
+    at.observation.offered_load_error[:] = np.inf
+    assert settled(2, at)[0] == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("wish", "forgone_s", "expected"), [(39, 0.0, 40), (37, 239.0, 40), (37, 241.0, 37), (36, 0.0, 36)]
+)
+def test_small_scale_down_of_a_large_fleet_waits_until_it_was_worth_a_change(
+    wish: int, forgone_s: float, expected: int
+) -> None:
+    at = situation(40, fleet(pool(max_replicas=60)), history=after(forgone_s=forgone_s))
+    assert settled(wish, at) == ([[expected]], Reason.STEADY_TRAFFIC if expected == 40 else Reason.NONE)
+
+
+def test_largest_step_that_is_allowed_is_not_small() -> None:
+    at = situation(40, fleet(pool(max_replicas=60)), history=after(), max_scale_down_share=0.05)
+    assert settled(10, at) == ([[38]], Reason.STEP_LIMIT)
+
+
+@pytest.mark.parametrize(("wished", "expected"), [(40, 40), (44, 40), (47, 40), (48, 48), (33, 40), (32, 32), (1, 1)])
+def test_batch_cap_moves_only_by_a_fifth_or_more(wished: int, expected: int) -> None:
+    at = situation(4, cap=40)
+    result, reasons = settle(target([[4]], wished), at)
+    assert result.batch_cap.tolist() == [[expected]]
+    assert reasons.tolist() == [0 if expected == wished else int(Reason.STEADY_TRAFFIC)]
+    free, _ = settle(target([[4]], wished), situation(4, cap=40, batch_cap_band=0.0))
+    assert free.batch_cap.tolist() == [[wished]]
+
+
+def test_lower_maximum_is_reached_however_steady_the_traffic() -> None:
+    at = situation(6, fleet(pool(max_replicas=4)), history=after(reversals=9.0, wish=9))
+    assert settled(6, at)[0] == [[4]]
+
+
 # What holds in any situation
 
 
@@ -352,9 +467,25 @@ def any_situation(seed: int, missing_share: float) -> tuple[Situation, Target]:
         ),
         current=rng.integers(least, np.asarray(most) + 1),
         current_cap=rng.integers(1, 65, (3, 3)),
-        quiet_s=rng.exponential(80.0, 3),
+        history=any_history(rng, services, seen.time_s),
     )
     return at, Target(replicas=rng.integers(-5, 40, (3, 3)), batch_cap=rng.integers(-5, 5000, (3, 3)))
+
+
+def any_history(rng: np.random.Generator, services: Fleet, time_s: npt.NDArray[np.float64]) -> ScalingHistory:
+    """Anything may have happened."""
+    return ScalingHistory(
+        changed_s=time_s - rng.exponential(80.0, 3),
+        shrank=rng.random(3) < 0.5,
+        reversals=rng.exponential(0.5, 3) * (rng.random(3) < 0.5),
+        span=rng.integers(0, 9, 3),
+        highest_load=rng.exponential(6.0, 3),
+        load_at_fall=rng.exponential(6.0, 3),
+        forgone_s=rng.exponential(300.0, 3),
+        wish=rng.integers(0, 20, services.exists.shape),
+        last_wish=rng.integers(0, 20, services.exists.shape),
+        wish_since_s=time_s - rng.exponential(60.0, 3),
+    )
 
 
 situations = given(seed=st.integers(0, 2**32 - 1), missing_share=st.sampled_from([0.0, 0.02, 0.3, 1.0]))
@@ -432,7 +563,7 @@ def test_each_service_is_settled_as_if_alone(seed: int, missing_share: float) ->
             spec=at.spec,
             current=at.current[own, :width],
             current_cap=at.current_cap[own, :width],
-            quiet_s=at.quiet_s[own],
+            history=ScalingHistory._make(array[own] if array.ndim == 1 else array[own, :width] for array in at.history),
         )
         single, _ = settle(Target(wish.replicas[own, :width], wish.batch_cap[own, :width]), alone)
         assert single.replicas.tolist() == together.replicas[own, :width].tolist()

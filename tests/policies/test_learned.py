@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -110,10 +111,11 @@ def refusal(path: Path) -> str:
 def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "policy.zip"
     written = manifest()
-    digest = write_bundle(path, written, b"weights")
+    weights = random_network()
+    digest = write_bundle(path, written, weights)
     loaded = load_bundle(path)
     assert loaded.manifest == written
-    assert loaded.weights == b"weights"
+    assert loaded.weights == weights
     assert loaded.digest == digest
     assert list(path.parent.iterdir()) == [path]
 
@@ -269,12 +271,14 @@ def test_another_format_is_named_even_with_other_fields(bundle: Path) -> None:
 )
 def test_ranges_that_make_no_sense_are_refused(bundle: Path, overrides: dict[str, Any]) -> None:
     write_bundle(bundle, manifest().model_copy(update=overrides), random_network())
-    assert "manifest field" in refusal(bundle)
+    assert re.search("manifest field|is no number", refusal(bundle))
 
 
 def test_another_interface_is_refused_by_name_of_the_file(bundle: Path) -> None:
     other = InterfaceSpec(window=WindowSpec(control_interval_s=30.0))
-    with pytest.raises(BundleMismatch, match="control interval") as caught:
+    with pytest.raises(
+        BundleMismatch, match="trained for a decision every 15 s, but control_interval_s is 30 s"
+    ) as caught:
         LearnedPolicy(load_bundle(bundle), fleet(), other)
     assert str(caught.value).startswith(f"{bundle}: ")
     LearnedPolicy(load_bundle(bundle), fleet(), InterfaceSpec())  # its own is welcome

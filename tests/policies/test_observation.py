@@ -388,3 +388,29 @@ def test_recent_misses_are_compared_with_what_is_allowed() -> None:
     worst = after(encoder, snapshot(ttft_attainment=0.9, tpot_attainment=0.5))[name]
     missed = 0.5 * (1 - np.exp(-15 / 300))
     assert worst == pytest.approx(np.log(missed / 0.01 + 0.1))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_offered_load_follows_what_arrives_or_what_is_served_where_nobody_counts_arrivals(counted: bool) -> None:
+    unknown: dict[str, Any] = {} if counted else {"arrival_rps": np.nan, "prompt_tps": np.nan}
+    half: dict[str, Any] = {
+        "arrival_rps": 1,
+        "prompt_tps": 100,
+        "prefill_tps": 100,
+        "generation_tps": 200,
+        "finished_rps": 1,
+    }
+    encoder = builder()
+    busy = encoder.observe(snapshot(**unknown)).offered_load
+    for _ in range(200):
+        last = encoder.observe(snapshot(**{**half, **unknown}))
+    assert last.offered_load == pytest.approx(busy / 2, rel=0.01)
+    # 1 request a second over twice 300 s, each as different as chat's.
+    assert last.offered_load_error == (pytest.approx(1.5 / 600**0.5, rel=0.01) if counted else np.inf)
+
+
+def test_offered_load_does_not_know_what_waits() -> None:
+    calm = builder().observe(snapshot())
+    crowded = builder().observe(snapshot(queue_requests=500, waiting=40))
+    assert crowded.offered_load == calm.offered_load
+    assert crowded.demand > 2 * calm.demand

@@ -148,11 +148,11 @@ def test_raw_pools_that_are_not_a_list_are_left_to_validation() -> None:
         ({"pools": [{"engine": SHIPPED}]}, "field pools.0.max_replicas: Field required"),
         (
             {"pools": [{"engine": SHIPPED, "min_replicas": 3, "max_replicas": 2}]},
-            "field pools.0: Value error, min_replicas 3 is above max_replicas 2",
+            "field pools.0: min_replicas 3 is above max_replicas 2",
         ),
         (
             {"interface": {"window": {"control_interval_s": 5, "metrics_delay_s": 5}}},
-            "field interface.window: Value error, metrics_delay_s must be below control_interval_s",
+            "field interface.window: metrics_delay_s must be below control_interval_s",
         ),
         ({"interface": {"feature_version": 2}}, "field interface.feature_version: Input should be 1, got 2"),
         ({"guardrails": {"max_scale_up_factor": 1}}, "field guardrails.max_scale_up_factor: Input should be greater"),
@@ -182,8 +182,27 @@ def test_error_counts_what_else_is_wrong(tmp_path: Path) -> None:
 
 
 def test_folder_instead_of_a_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, expected a YAML file"):
         load_spec(tmp_path)
+
+
+def test_a_slip_of_the_pen_is_named_and_not_what_is_missing_for_it(tmp_path: Path) -> None:
+    data = pool().model_dump(mode="json")
+    data["max_replica"] = data.pop("max_replicas")
+    file = tmp_path / "chat.yaml"
+    file.write_text(yaml.safe_dump({"service": "chat", "slo": {"ttft_s": 1, "tpot_s": 1}, "pools": [data]}))
+    with pytest.raises(ConfigError) as caught:
+        load_spec(file)
+    assert (
+        str(caught.value) == f"{file}: field pools.0.max_replica: Extra inputs are not permitted, got 20 (and 2 more)"
+    )
+
+
+def test_an_engine_that_is_not_there_is_named_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "chat.yaml"
+    file.write_text(yaml.safe_dump({"service": "chat", "pools": [{"engine": "gpt-9"}]}))
+    with pytest.raises(ConfigError, match=rf"{file}: field pools.0.engine: no engine profile named 'gpt-9'"):
+        load_spec(file)
 
 
 def test_replica_must_fit_on_a_node() -> None:

@@ -29,17 +29,27 @@ def say(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
+def comma_separated(texts: Sequence[str]) -> list[str]:
+    """Words of a comma-separated, repeatable option.
+
+    >>> comma_separated(["chat, code", "reasoning"])
+    ['chat', 'code', 'reasoning']
+    """
+    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+
+
 def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn bad input into one sentence on stderr and exit code 2, and Ctrl-C into one line and exit code 130."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from policies.learned import BundleMismatch
+        from policies.redaction import shown
 
         try:
             command(*args, **kwargs)
         except (ValueError, BundleMismatch, OSError) as error:  # ConfigError and TraceError are ValueErrors
-            sentence = " ".join(str(error).split())
+            sentence = shown(" ".join(str(error).split()))
             say(f"error: {sentence or type(error).__name__}")
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:

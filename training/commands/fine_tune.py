@@ -70,9 +70,10 @@ def find_bundle(source: str, name: str, tracking_uri: str | None) -> Path:
         RegistryError: when the registry has no such version.
         FileNotFoundError: when a folder holds no finished run.
     """
+    from autoscaler.versions.registry import BUNDLE_FILE
     from policies.engine import ConfigError
     from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
-    from training.versions.registry import BUNDLE_FILE, CHAMPION, resolve_bundle
+    from training.versions.registry import CHAMPION, resolve_bundle
 
     if source == CHAMPION:
         return resolve_bundle(f"{REGISTRY_PREFIX}{name}@{CHAMPION}", tracking_uri)

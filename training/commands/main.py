@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoscaler.commands import check, control, decisions, emulate
+from autoscaler.commands import bundle, check, control, decisions, emulate
 from envs.traffic import commands as trace
 from policies.atomic_files import write_whole
-from training.commands import profile, record, robustness, sweep, train, what_if
+from training.commands import profile, record, robustness, steadiness, sweep, train, what_if
 from training.commands.console import (
     check_writable,
+    comma_separated,
     one_sentence_errors,
     progress_bar,
     say,
@@ -68,7 +69,10 @@ def root(
 @one_sentence_errors
 def evaluate(
     suite: Annotated[
-        str, typer.Option(help="Suite: a YAML file, or the name of a shipped one (demo, gate, smoke).")
+        str,
+        typer.Option(
+            help="Suite: a YAML file, or the name of a shipped one (demo, dev, full, gate, pools, smoke, standing)."
+        ),
     ] = "smoke",
     policy: Annotated[
         list[str] | None,
@@ -259,7 +263,7 @@ def simulate(
 
 def _words(texts: list[str] | None) -> tuple[str, ...]:
     """The words of a comma-separated, repeatable option, `default` when there is none."""
-    return tuple(word.strip() for text in texts or ["default"] for word in text.split(",") if word.strip())
+    return tuple(comma_separated(texts or ["default"]))
 
 
 def _evaluate(
@@ -318,8 +322,12 @@ def _show_summary(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-for group in (train, sweep, what_if, record, robustness):
+for group in (train, sweep, what_if, record, robustness, steadiness):
     group.register(app)
 LIVE: list[Callable[..., None]] = [*control.COMMANDS, *decisions.COMMANDS, check.check, emulate.emulate]
 for command in LIVE:
     app.command()(one_sentence_errors(command))
+bundles = typer.Typer(help="Keys and signatures of policy bundles.", no_args_is_help=True)
+for command in bundle.COMMANDS:
+    bundles.command()(one_sentence_errors(command))
+app.add_typer(bundles, name="bundle")

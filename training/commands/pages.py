@@ -140,6 +140,21 @@ def peers(page: Annotated[Path, typer.Argument(help="Page whose block is replace
 
 @app.command()
 @one_sentence_errors
+def steadiness(
+    found: Annotated[Path, typer.Argument(help="JSON of `jevons steadiness --cost-on`.")],
+    page: Annotated[Path, typer.Argument(help="Page whose blocks are replaced.")] = DOCS / "evaluation.md",
+) -> None:
+    """Write how often the learned policy changes the fleet at a constant load, and what the guardrail costs."""
+    from training.pages.readme import replace_block
+    from training.pages.steadiness import constant_table, cost_table
+
+    data = _json(found)
+    text = replace_block(page.read_text(encoding="utf-8"), "steadiness", constant_table(data))
+    _write(page, replace_block(text, "steadiness-cost", cost_table(data)))
+
+
+@app.command()
+@one_sentence_errors
 def fidelity(
     reference: Annotated[Path, typer.Option(help="Folder with the measured tables.")],
     unseen: Annotated[
@@ -158,6 +173,17 @@ def fidelity(
     sets, thin = measured_sets(reference, say)
     fresh = [] if unseen is None else measured_sets(unseen, say)[0]
     _write(page, render(sets, thin, fresh, step_sets(reference, say), shipped_rows(sets), bench, live or [], notes))
+
+
+@app.command()
+@one_sentence_errors
+def live_configuration(
+    page: Annotated[Path, typer.Argument(help="Page whose block is replaced.")] = DOCS / "live_configuration.md",
+) -> None:
+    """Write the keys of a live configuration, their defaults and meaning, from its models."""
+    from training.pages.live_configuration import keys
+
+    _replace(page, "keys", keys())
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from autoscaler.commands.configuration import Config
 from training.commands.console import one_sentence_errors, say
 
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def record(
-    config: Annotated[Path, typer.Option("--config", help="Live configuration, YAML.")],
+    config: Config,
     out: Annotated[Path, typer.Option("--out", help="Trace to write, Parquet.")],
     service: Annotated[str | None, typer.Option(help="Service; the only one when left out.")] = None,
     last: Annotated[float, typer.Option(min=0.01, help="Length of the recording, hours before --end.")] = 24.0,
@@ -40,7 +41,8 @@ def record(
     from autoscaler.hosting.config import load_live_config
     from autoscaler.metrics.client import PrometheusQueryError
     from autoscaler.metrics.traffic_recording import record as read_traffic
-    from envs.traffic.trace import TraceError, write_trace
+    from envs.traffic.trace import TraceError
+    from envs.traffic.trace_files import write_trace
     from training.replaying.recording import trace_from_recording
 
     live = load_live_config(config)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.commands.console import check_writable, one_sentence_errors, progress_bar, say, write_json
+from training.commands.console import (
+    check_writable,
+    comma_separated,
+    one_sentence_errors,
+    progress_bar,
+    say,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from training.replaying.scenarios import Scenario, Suite
@@ -55,7 +62,7 @@ def robustness(
     from training.replaying.workers import open_workers
     from training.versions.registry import resolve_bundle
 
-    chosen = _suite(suite, scenario, seeds)
+    chosen = runnable(suite, scenario, seeds)
     references = split_references(policy or ["learned,reactive,hpa"])
     entries = [resolve(name, resolve_bundle) for name in references if name not in REFERENCES]
     disturbances = named(disturbance or [])
@@ -65,8 +72,7 @@ def robustness(
         progress_bar("disturbing") as on_progress,
         open_workers(jobs or len(os.sched_getaffinity(0)), ray_address) as workers,
     ):
-        modes = [word.strip() for word in tuned.split(",")]
-        found = variants(chosen, entries, modes, workers, ResultCache(cache), on_progress)
+        found = variants(chosen, entries, comma_separated([tuned]), workers, ResultCache(cache), on_progress)
         work = [
             Work(Treatment(item.name, item.meaning, disturbance=item), where, variant)
             for where, variant in found
@@ -107,7 +113,7 @@ def ablate(
     from training.replaying.workers import open_workers
     from training.versions.registry import resolve_bundle
 
-    chosen = _suite(suite, scenario, seeds)
+    chosen = runnable(suite, scenario, seeds)
     entry = resolve(policy, resolve_bundle)
     check_writable(json_file)
     variant = Variant(policy, DEFAULT, entry)
@@ -135,7 +141,8 @@ def group_of_pools(scenario: Scenario) -> str:
     return f"{len(scenario.pools)} pool{'s' if len(scenario.pools) > 1 else ''}"
 
 
-def _suite(reference: str, only: list[str] | None, seeds: int | None) -> Suite:
+def runnable(reference: str, only: list[str] | None = None, seeds: int | None = None) -> Suite:
+    """A suite, or some scenarios of it; says which cannot run here."""
     from training.replaying.scenarios import load_suite
 
     suite = load_suite(reference)

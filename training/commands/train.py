@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 def train(
     config: Annotated[
         Path | None,
-        typer.Option(help="Training configuration, YAML.  [default: configs/train.yaml, with --from fine_tune.yaml]"),
+        typer.Option(
+            help="Training configuration, YAML.  [default: the shipped train.yaml, with --from fine_tune.yaml]"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run.  [default: runs/train, with --from runs/fine-tune]")
@@ -68,9 +70,7 @@ def train(
     if source is not None and suite is not None:
         raise ValueError("--suite: applies to training from scratch, not to --from")
     tuning = source is not None
-    chosen = load_train_config(
-        config or (shipped_configs() / "fine_tune.yaml" if tuning else Path("configs/train.yaml"))
-    )
+    chosen = load_train_config(config or shipped_configs() / ("fine_tune.yaml" if tuning else "train.yaml"))
     changes = {"total_steps": steps, "seeds": tuple(seed) if seed else None, "suite": suite}
     changes["tracking_uri"] = tracking_uri
     chosen = chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -192,11 +192,12 @@ def promote(
     version: Annotated[str, typer.Argument(help="Version to make champion.")],
     name: _ModelName = "jevons-policy",
     tracking_uri: _Tracking = None,
+    sign_with: Annotated[Path | None, typer.Option(help="Private key to sign the bundle with.")] = None,
 ) -> None:
     """Make a version the champion, if it holds every SLO and is cheaper beyond doubt; else say why not."""
     from training.versions.registry import promote as promote_version
 
-    verdict = promote_version(name, version, tracking_uri)
+    verdict = promote_version(name, version, tracking_uri, sign_with)
     print(f"version {version} of {name}: {'promoted' if verdict.promote else 'not promoted'}: {verdict.reasons[0]}")
     if not verdict.promote:
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from torch import nn
 
 from policies.action import ACTIONS
 from policies.observation import FEATURES
+from policies.telemetry import turn_off
 
 OPSET = 17
 IR_VERSION = 9
@@ -75,6 +76,7 @@ def check_equal(model: BaseAlgorithm, weights: bytes, observations: npt.NDArray[
     Raises:
         ExportMismatch: when it is above 1e-5.
     """
+    turn_off()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(weights, providers=["CPUExecutionProvider"])
@@ -115,9 +117,9 @@ def export(checkpoint: Path, out: Path) -> tuple[str, float]:
         BundleMismatch: when the folder's bundle cannot be trusted.
         ExportMismatch: when the answers differ.
     """
+    from autoscaler.versions.registry import BUNDLE_FILE
     from policies.learned import load_bundle, write_bundle
     from training.learning.checkpoint import load_checkpoint
-    from training.versions.registry import BUNDLE_FILE
 
     network, bundle = finished(checkpoint, "best.zip", BUNDLE_FILE)
     manifest = load_bundle(bundle).manifest

@@ -18,6 +18,7 @@ import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
+from autoscaler.versions.registry import BUNDLE_FILE
 from envs.episodes import Episodes
 from envs.randomization import ScenarioBank, draw_bank
 from envs.traffic.trace import Trace
@@ -27,13 +28,13 @@ from policies.atomic_files import write_text
 from policies.engine import ConfigError, read_yaml
 from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
 from policies.observation import FEATURES
+from policies.redaction import scrubbed
 from policies.spec import ScalingSpec
 from training.learning.checkpoint import load_checkpoint
 from training.learning.export import check_equal, probe_observations, to_onnx
 from training.learning.group_baseline import GroupRolloutBuffer
 from training.learning.monitor import Log, RunState, TrainingMonitor, Validator
 from training.learning.train_config import TrainConfig
-from training.versions.registry import BUNDLE_FILE
 from training.versions.tracking import RunLog, code_version, connect, experiment_id, run_exists
 
 VALIDATION_SEED = 20_000
@@ -183,7 +184,7 @@ def train_seed(
         # A second export would change what is registered already.
         say(f"seed {seed}: finished before, best at {state.best_steps:,} steps {_words(state.best_point())}")
         return TrainedPolicy(seed, folder, state.best_score, bundle, state.bundle_digest, state.mlflow_run_id, state)
-    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(_written(config), sort_keys=False))
 
     if known_run:
         client.update_run(state.mlflow_run_id, status="RUNNING")
@@ -251,6 +252,11 @@ def _learn(
     say(f"seed {seed}: best at {state.best_steps:,} steps {_words(state.best_point())}")
 
 
+def _written(config: TrainConfig) -> Any:
+    """A configuration as it is kept beside its run."""
+    return scrubbed(config.model_dump(mode="json"))
+
+
 def check_same(config: TrainConfig, path: Path) -> None:
     """Make sure that a run to resume was started with this configuration, number of steps and the like aside.
 
@@ -258,7 +264,7 @@ def check_same(config: TrainConfig, path: Path) -> None:
         ConfigError: naming the fields that differ.
     """
     started = read_yaml(path)
-    now = config.model_dump(mode="json")
+    now = _written(config)
     before = started if isinstance(started, dict) else {}
     differing = [name for name in now if name not in CHANGEABLE and now[name] != before.get(name)]
     if now["seeds"][0] != (before.get("seeds") or [None])[0]:

@@ -21,6 +21,8 @@ import aiohttp
 import numpy as np
 from aiohttp.http import HttpProcessingError
 
+from policies.redaction import redacted
+
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 10, 500
 """Token ids that prompts are drawn from: within every vocabulary, past the usual control tokens."""
 CONNECT_TIMEOUT_S = 10.0
@@ -129,7 +131,7 @@ class Engine:
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=body) as answer:
                 if answer.status != 200:
-                    text = " ".join((await answer.text())[:300].split())
+                    text = " ".join(redacted(await answer.text()).split())[:300]
                     raise EngineFailed(f"{self.url}: answered {answer.status} to a completion request: {text}")
                 async for line in answer.content:
                     if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":

@@ -67,6 +67,8 @@ def unguarded(spec: ScalingSpec) -> ScalingSpec:
         max_scale_up_step=1_000_000,
         max_scale_down_share=1.0,
         scale_down_cooldown_s=0.0,
+        scale_down_window_s=0.0,
+        scale_down_worth_s=0.0,
         hold_down_while_burning=False,
         hold_down_while_starting=False,
         backlog_boost=False,

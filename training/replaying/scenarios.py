@@ -327,7 +327,7 @@ def _scenario(entry: object, defaults: dict[str, Any], index: int, path: Path) -
     try:
         merged["pools"] = resolve_engines(merged.get("pools"), path.parent)
     except ConfigError as error:
-        raise ConfigError(f"{where}: field pools: {error}") from None
+        raise ConfigError(f"{where}: field {error}") from None
     source, optional = merged.get("trace"), False
     if isinstance(source, dict):
         merged["trace"], optional = _located(source, path.parent)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from autoscaler.hosting import local_ray
+from policies.redaction import redacted
 
 Task = Callable[..., Any]
 Progress = Callable[[int, int, str], None]
@@ -171,15 +175,17 @@ def open_workers(jobs: int, ray_address: str | None = None, apart: bool = False)
 
 @contextmanager
 def _ray_cluster(address: str, jobs: int) -> Iterator[int]:
+    loaded, options = sys.modules.get("ray"), {}
+    if address == "local" and (loaded is None or not loaded.is_initialized()):
+        options = {**local_ray.options(), "include_dashboard": False, "num_cpus": jobs}
     import ray
 
     ours = not ray.is_initialized()
     if ours:
-        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": jobs} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, **options)
+            ray.init(**{"address": address, "log_to_driver": False, **options})
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--ray-address {address}: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(f"--ray-address {address}: {' '.join(redacted(str(error)).split())[:200]}") from None
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield max(1, int(resources.get("CPU", 1)))

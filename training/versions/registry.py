@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from policies.learned import BundleMismatch, load_bundle
+from autoscaler.versions import signatures
+from autoscaler.versions.registry import BUNDLE_FILE, download
+from policies.learned import BundleMismatch, parse_bundle
 from policies.lineup import REGISTRY_PREFIX
 from training.versions.tracking import connect
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-BUNDLE_FILE = "policy.zip"
 EVALUATION_FILE = "evaluation.json"
 BOOTSTRAP_DRAWS = 4000
 MIN_PAIRS = 3
@@ -93,15 +94,16 @@ def resolve_bundle(reference: str, tracking_uri: str | None = None) -> Path:
     client = connect(tracking_uri)
     version = find_version(client, reference)
     try:
-        path = Path(client.download_artifacts(version.run_id, BUNDLE_FILE, tempfile.mkdtemp(prefix="jevons-")))
+        content = download(client, version.run_id)
+        digest = parse_bundle(content, "its bundle").digest
     except (MlflowException, OSError) as error:
         raise RegistryError(f"{reference}: its bundle is not in the store ({error})") from None
-    try:
-        digest = load_bundle(path).digest
     except BundleMismatch as error:
         raise BundleMismatch(f"{reference}: {error}") from None
     if version.tags.get("bundle_digest", digest) != digest:
         raise BundleMismatch(f"{reference}: the stored bundle is not the one that was registered")
+    path = Path(tempfile.mkdtemp(prefix="jevons-")) / BUNDLE_FILE
+    path.write_bytes(content)
     return path
 
 
@@ -192,11 +194,12 @@ def compare(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
     return table
 
 
-def promote(name: str, version: str, tracking_uri: str | None = None) -> Verdict:
-    """Move `champion` to `version` when its judgement allows it.
+def promote(name: str, version: str, tracking_uri: str | None = None, key: Path | None = None) -> Verdict:
+    """Move `champion` to `version` when its judgement allows it; with a private key, sign it first.
 
     Raises:
         RegistryError: when the version or a judgement is missing.
+        ConfigError: when the key cannot be used.
     """
     client = connect(tracking_uri)
     challenger = find_version(client, f"{REGISTRY_PREFIX}{name}/{version}")
@@ -208,6 +211,10 @@ def promote(name: str, version: str, tracking_uri: str | None = None) -> Verdict
         current = judgement(client, find_version(client, f"{REGISTRY_PREFIX}{name}/{champion}"))
     verdict = judge(judgement(client, challenger), current)
     if verdict.promote:
+        if key is not None:  # first: from the alias on, controllers ask for it
+            bundle = resolve_bundle(f"{REGISTRY_PREFIX}{name}/{version}", tracking_uri)
+            signature = signatures.sign(bundle.read_bytes(), key, f"{name}/{challenger.version}")
+            client.set_model_version_tag(name, challenger.version, signatures.TAG, signature)
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
     client.set_model_version_tag(name, challenger.version, "verdict", "; ".join(verdict.reasons))
     return verdict

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+from policies.telemetry import turn_off
+
+turn_off()
 
 DEFAULT_STORE = Path("runs/mlflow")
 """Folder of the embedded store: `mlflow.db` (SQLite) and `artifacts`."""

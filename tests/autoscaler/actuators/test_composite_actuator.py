@@ -32,6 +32,13 @@ class Replicas:
     ready: float = 2
     preferred: tuple[str, ...] = ()
     fails: bool = False
+    asked: int = 0
+    stuck: int = 0
+    unknown: bool = False
+    refuses: bool = False
+    """Whether a scale-down would be refused."""
+    away: bool = False
+    """Whether nobody can say which there are."""
     lags: bool = False
     """Whether replicas stay ready for a while after the count has fallen."""
 
@@ -46,7 +53,8 @@ class Replicas:
             self.ready = min(self.ready, self.target)
 
     def state(self) -> FleetState:
-        return replace(FleetState.unknown(POOLS), replicas_target=one(self.target), replicas_ready=one(self.ready))
+        counts = {"replicas_target": one(self.target), "replicas_ready": one(self.ready)}
+        return replace(FleetState.unknown(POOLS), **counts, replicas_stuck=one(self.stuck))
 
     def check(self) -> list[Access]:
         return []
@@ -55,13 +63,22 @@ class Replicas:
         pass
 
     def members(self) -> dict[str, dict[str, str]]:
+        self.asked += 1
+        if self.away:
+            return {}
         return {"chat": {f"r{number}": "address" for number in range(int(self.ready))}}
 
     def victims(self, pool: PoolName, count: int) -> list[str]:
+        if self.unknown:
+            raise RuntimeError("its replicas cannot be listed")
         return [f"r{number}" for number in reversed(range(int(self.ready)))][:count]
 
     def prefer(self, pool: PoolName, replicas: Sequence[str]) -> None:
         self.preferred = tuple(replicas)
+
+    def rehearse(self, pool: PoolName, count: int) -> None:
+        if self.refuses:
+            raise RuntimeError("HTTP 403: may not patch pods")
 
 
 @dataclass
@@ -73,6 +90,7 @@ class Caps:
     sessions: dict[str, int] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
     routed: set[str] = field(default_factory=set)
+    routing: bool = True
     fails: bool = False
 
     def apply(self, target: Target) -> None:
@@ -92,6 +110,9 @@ class Caps:
     def close(self) -> None:
         pass
 
+    def routes(self, service: str) -> bool:
+        return self.routing
+
     def follow(self, pool: PoolName, members: Mapping[str, str], leaving: Collection[str]) -> None:
         if self.fails:
             raise RuntimeError("HAProxy is down")
@@ -99,6 +120,12 @@ class Caps:
         self.log += [f"undrain {server}" for server in back]
         self.draining -= set(back)
         self.routed = set(members) - self.draining
+
+    def refill(self, pool: PoolName, members: Mapping[str, str]) -> bool:
+        if self.routed:
+            return False
+        self.routed = set(members)
+        return True
 
     def drain(self, pool: PoolName, members: Mapping[str, str]) -> dict[str, int]:
         self.log += [f"drain {server}" for server in members if server not in self.draining]
@@ -123,7 +150,7 @@ class World:
         return list(self.log)
 
     def route(self) -> None:
-        self.actuator.route(np.array([True]))
+        self.actuator.route(np.array([True]), np.array([False]))
 
 
 def test_more_of_both_happens_at_once() -> None:
@@ -180,6 +207,16 @@ def test_a_replica_that_was_given_back_gets_no_request_until_it_is_gone() -> Non
     assert world.caps.routed == {"r0", "r1"}
 
 
+def test_of_several_that_were_given_back_those_that_are_there_still_get_no_request() -> None:
+    world = World()
+    world.replicas.target = world.replicas.ready = 4
+    world.replicas.lags = True
+    assert world.apply(2, 16) == ["drain r3", "drain r2", "replicas 2"]
+    world.replicas.ready = 3  # r3 is gone, r2 will be
+    assert world.apply(2, 16) == []
+    assert world.caps.routed == {"r0", "r1"}
+
+
 def test_each_scale_down_drains_its_own_victims_while_the_last_ones_are_there_still() -> None:
     world = World()
     world.replicas.target = world.replicas.ready = 3
@@ -192,7 +229,7 @@ def test_each_scale_down_drains_its_own_victims_while_the_last_ones_are_there_st
 def test_routing_follows_without_any_target_and_only_where_it_is_told_to() -> None:
     world = World()
     world.replicas.ready = 3
-    world.actuator.route(np.array([False]))
+    world.actuator.route(np.array([False]), np.array([False]))
     assert world.caps.routed == set()
     world.route()
     assert world.caps.routed == {"r0", "r1", "r2"}
@@ -208,6 +245,81 @@ def test_a_controller_that_may_no_longer_scale_does_not_keep_replicas_out_of_rou
     world.now_s = 61.0
     world.route()
     assert world.caps.routed == {"r0", "r1"}
+
+
+def test_nobody_is_asked_for_replicas_where_nothing_is_routed() -> None:
+    world = World()
+    world.caps.routing = False
+    world.route()
+    assert (world.replicas.asked, world.caps.routed) == (0, set())
+
+
+def test_what_cannot_be_listed_is_not_given_back() -> None:
+    world = World()
+    world.replicas.unknown = True
+    with pytest.raises(PartlyFailed, match="chat: its replicas cannot be listed"):
+        world.actuator.apply(Target(np.array([[1]]), np.array([[16]])))
+    assert world.replicas.target == 2
+
+
+def test_nothing_is_drained_for_a_removal_that_would_be_refused() -> None:
+    world = World()
+    world.replicas.refuses = True
+    for _ in range(2):
+        with pytest.raises(PartlyFailed, match="chat: HTTP 403: may not patch pods"):
+            world.apply(1, 16)
+        assert (world.log, world.replicas.target) == ([], 2)
+    world.replicas.refuses = False
+    assert world.apply(1, 16) == ["drain r1", "replicas 1"]
+
+
+def test_what_was_drained_is_routed_to_again_when_its_removal_fails() -> None:
+    world = World()
+    world.replicas.target = world.replicas.ready = 3
+    world.replicas.lags = True
+    assert world.apply(2, 16) == ["drain r2", "replicas 2"]
+    world.replicas.fails = True
+    with pytest.raises(PartlyFailed, match="chat: the API server is down"):
+        world.apply(1, 16)
+    world.route()
+    assert world.caps.routed == {"r0", "r1"}  # r2 was given back before
+
+
+def test_a_count_that_waits_for_a_drain_is_said_to_wait() -> None:
+    world = World()
+    world.caps.sessions = {"r1": 3}
+    world.apply(1, 16)
+    assert world.actuator.draining().tolist() == [[True]]
+    world.caps.sessions = {}
+    world.apply(1, 16)
+    assert world.actuator.draining().tolist() == [[False]]
+
+
+def test_a_cap_does_not_wait_for_replicas_that_never_come() -> None:
+    world = World()
+    world.replicas.target, world.replicas.ready = 4, 2
+    assert world.apply(4, 8) == []
+    world.replicas.stuck = 2
+    assert world.apply(4, 8) == ["cap 8"]
+
+
+@pytest.mark.parametrize("adrift", [False, True])
+def test_an_empty_gateway_gets_the_replicas_that_were_last_known(adrift: bool) -> None:
+    world, rows = World(), (np.array([not adrift]), np.array([adrift]))
+    world.route()
+    world.replicas.away, world.caps.routed = True, set()
+    world.actuator.route(*rows)
+    assert world.caps.routed == {"r0", "r1"}
+    world.caps.routed = {"r1"}  # not empty: what is known is old
+    world.actuator.route(*rows)
+    assert world.caps.routed == {"r1"}
+
+
+def test_an_empty_gateway_that_nobody_can_fill_is_named() -> None:
+    world = World()
+    world.replicas.away = True
+    with pytest.raises(PartlyFailed, match="chat: its gateway has no server in service, and its replicas are not kno"):
+        world.route()
 
 
 def test_a_gateway_that_cannot_route_is_named() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoscaler.actuators.ray_serve import APPLICATIONS, RayServeActuator, RayServeConfig
+from autoscaler.actuators.ray_serve import RayServeActuator, RayServeConfig
+from autoscaler.actuators.serve_api import APPLICATIONS, ServeApi
 from policies.contract import Target
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
@@ -19,18 +20,31 @@ ENGINE = find_engine("llama-3.1-8b-h100", Path())
 SPEC = ScalingSpec(service="chat", slo=Slo(ttft_s=0.5, tpot_s=0.05), pools=(PoolSpec(engine=ENGINE, max_replicas=8),))
 
 
-class Played(RayServeActuator):
-    """An actuator whose Serve always gives one answer; keeps what it is asked."""
+class PlayedServe(ServeApi):
+    """Always gives one answer; keeps what it is asked."""
 
-    def __init__(self, answer: dict[str, Any], **config: Any) -> None:
-        super().__init__(RayServeConfig(**config), [SPEC])
-        self.answer, self.asked = answer, []
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(RayServeConfig())
+        self.answer: dict[str, Any] = answer
+        self.asked: list[tuple[str, str, dict[str, Any] | None]] = []
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         if method == "GET":
             return self.answer
         self.asked.append((method, path, body))
         return {}
+
+
+class Played(RayServeActuator):
+    """An actuator on a played Serve."""
+
+    def __init__(self, answer: dict[str, Any], **config: Any) -> None:
+        super().__init__(RayServeConfig(**config), [SPEC])
+        self._api = self.serve = PlayedServe(answer)
+
+    @property
+    def asked(self) -> list[tuple[str, str, dict[str, Any] | None]]:
+        return self.serve.asked
 
 
 def answer(declared: dict[str, Any], runs: tuple[int, int], **application: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import yaml
 from live_fakes import LiveWorld, burst
 from typer.testing import CliRunner
 
+from autoscaler.authority.controls import ANNOTATION, Controls, DownWatch, Mode
+from autoscaler.authority.leases import holder_name
+from autoscaler.hosting.attempts import hear
 from autoscaler.hosting.config import load_live_config
+from autoscaler.hosting.presence import Presence
+from autoscaler.records.database import CONTROLLERS, Database
 from policies.contract import Outcome
 from policies.spec import shipped_configs
 from training.commands.main import app
@@ -61,7 +67,8 @@ def test_status_before_anything_ran(config: Path) -> None:
     ]
 
 
-def test_orders_decide_what_a_controller_does(config: Path) -> None:
+def test_orders_decide_what_a_controller_does(config: Path, database_url: str) -> None:
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "records": {"url": database_url}}))
     loaded = load_live_config(config).located(config.parent)
     world = LiveWorld(loaded.services, [burst(peak_rps=4.0)])
     service = world.service(loaded)
@@ -103,12 +110,144 @@ def test_orders_decide_what_a_controller_does(config: Path) -> None:
     service.close()
 
 
+def test_other_peoples_texts_do_not_control_the_terminal(config: Path) -> None:
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    state = {"state": "held", "reason": "replicas were set to 1 by \x1b[2Jmallory [bold]\u202e", "until_s": None}
+    said = {"services": 1, "leads": 1, "policy": "none", "problems": ["\x1b]0;owned\x07"], "states": {"chat": state}}
+    Presence(database, "test").tell({**said, "controller": "test", "doing": "acts"})
+    Presence(database, "of another release").tell({"controller": "of another release"})
+    code, out, _ = jevons("status", "--config", config)
+    assert (code, "mallory" in out) == (0, True)
+    assert all(letter.isprintable() or letter == "\n" for letter in out), repr(out)
+    world = LiveWorld(loaded.services, [burst()])
+    world.owners = ("\x1b]0;mallory\x07",)
+    service = world.service(loaded.model_copy(update={"mode": Mode.ACT}))
+    world.run(service, 2)
+    service.close()
+    code, out, _ = jevons("explain", "chat", "--config", config)
+    assert (code, "mallory" in out) == (0, True)
+    assert all(letter.isprintable() or letter == "\n" for letter in out), repr(out)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoscaler.commands.control.QUIET_S", 0.1)
+
+
+def test_an_order_that_nobody_hears_says_so_and_one_that_stops_fails(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that is given in another folder, where the database of the configuration is another one."""
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    Presence(database, "test").tell({"controller": "test", "doing": "acts", "states": {}})
+    nobody = "nobody hears this yet: "
+    for words in (("mode", "chat", "act"), ("pause", "chat"), ("resume", "chat"), ("pause", "--all")):
+        code, _, error = jevons(*words, "--config", config)
+        assert (code, nobody in error) == (0, False)
+    code, _, error = jevons("mode", "chat", "act", "--config", config)
+    assert error == "chat: act; the kill switch is engaged: `jevons resume --all` releases it\n"
+    elsewhere = config.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    there = elsewhere / "runs" / "live" / "jevons.db"
+    never = f"no controller 'test' has ever run with {there}"
+    for words, expected in (
+        (("mode", "chat", "act"), 0),
+        (("pause", "chat"), 1),
+        (("resume", "chat"), 0),
+        (("pause", "--all"), 1),
+        (("resume", "--all"), 0),
+        (("down",), 2),
+    ):
+        code, _, error = jevons(*words, "--config", config)
+        assert (code, never in error) == (expected, True), words
+        assert "counts from the folder in which a command runs" in error
+    assert never.partition(" 'test'")[0] in jevons("status", "--config", config)[1]
+    assert str(there) in jevons("status", "--config", config)[1]
+
+
+def test_who_resumes_is_told_what_an_annotation_still_stops(config: Path) -> None:
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    why = f"kill switch: annotation {ANNOTATION} of Lease jevons-chat; `kubectl annotate ...` ends it"
+    state = {"state": "paused", "reason": why, "until_s": None}
+    Presence(database, "test").tell({"controller": "test", "doing": "acts", "states": {"chat": state}})
+    for words in (("resume", "--all"), ("resume", "chat")):
+        code, _, error = jevons(*words, "--config", config)
+        assert (code, error.endswith(f"; chat: {why}\n")) == (0, True)
+
+
+def test_whoever_has_fallen_silent_is_named_to_who_gives_an_order(config: Path) -> None:
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    Presence(database, "test").tell({"controller": "test", "doing": "acts", "states": {}})
+    with database.begin() as connection:
+        connection.execute(CONTROLLERS.update().values(beat_s=CONTROLLERS.c.beat_s - 100.0))
+    code, _, error = jevons("pause", "chat", "--config", config)
+    assert code == 0  # it obeys when it wakes
+    assert "nobody hears this yet: test" in error
+    assert "is silent, 100 s ago" in error
+
+
+@pytest.mark.usefixtures("hasty")
+def test_down_waits_for_the_controllers_of_its_own_configuration(config: Path) -> None:
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    said = {"services": 1, "leads": 1, "policy": "none", "problems": [], "states": {}}
+    Presence(database, "other").tell({**said, "controller": "other", "doing": "acts"})
+    code, _, error = jevons("down", "--config", config)
+    assert (code, "error: no controller 'test' has ever run with " in error) == (2, True)
+    for doing in ("acts", "stands by", "fails", "starts", "waits"):
+        Presence(database, "test").tell({**said, "controller": "test", "doing": doing})
+        code, _, error = jevons("down", "--config", config, "--wait-s", 0.1)
+        assert (code, error.startswith("error: test: still says that it runs after 0.1 s; it ends")) == (2, True)
+    with database.begin() as connection:
+        connection.execute(CONTROLLERS.update().values(beat_s=CONTROLLERS.c.beat_s - 100.0))
+    code, _, error = jevons("down", "--config", config)
+    assert (code, error.startswith("test: ended; test ")) == (0, True)
+    assert "has been silent for 10" in error
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_starts_before_down_has_seen_the_end_ends_too_and_what_starts_after_it_runs(config: Path) -> None:
+    loaded = load_live_config(config).located(config.parent)
+    database = Database(loaded.database_url)
+    database.create()
+    said = {"services": 1, "leads": 1, "policy": "none", "problems": [], "states": {}, "controller": "test"}
+    Presence(database, "test").tell({**said, "doing": "acts"})  # and is started again by somebody, as it looks
+    assert jevons("down", "--config", config, "--wait-s", 0.1)[0] == 2
+    for host in ("--ray", "--no-ray"):
+        code, _, error = jevons("run", host, "--config", config)
+        by = Controls(database).read().down["test"].by
+        sentence = f"test is not started: `jevons down` by {by} has not seen the last one end"
+        assert (code, error) == (0, f"{sentence}; say it again, then start\n")
+    # It is seen at once that it was killed, and not whether somebody starts it again.
+    host, namespace, *_ = holder_name("test").split("/")
+    killed = Presence(database, "test")
+    killed._process = f"{host}/{namespace}/{os.getpid()}/1/test"
+    killed.tell({**said, "doing": "acts"})
+    assert json.loads(jevons("status", "--config", config, "--json")[1])["controllers"][0]["doing"] == "silent"
+    assert jevons("down", "--config", config, "--wait-s", 0.1)[0] == 2
+    Presence(database, "test").tell({**said, "doing": "ended"})
+    assert jevons("down", "--config", config) == (0, "", "test: ended\n")
+    assert hear(loaded, DownWatch("test")) == ""
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("mode", "chat", "on"), "error: mode 'on': expected advise, act or paused"),
         (("mode", "code", "act"), "no service named 'code'; there are chat"),
         (("pause",), "error: name at least one service, or --all"),
+        (("pause", "chat", "--all"), "name services or --all, not both"),
+        (("resume", "chat", "--all"), "name services or --all, not both"),
         (("explain", "code"), "no service named 'code'"),
         (("explain", "chat"), "error: no decision for 'chat' is recorded"),
         (("replay", "--policy", "hpa"), "error: no decision of the last 24 hours is recorded"),
@@ -120,6 +259,24 @@ def test_bad_input_is_one_sentence(config: Path, words: tuple[str, ...], sentenc
     assert code == 2
     assert sentence in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("interval_s", [5.0, 60.0])
+def test_a_learned_policy_at_another_interval_is_refused_before_anything_runs(config: Path, interval_s: float) -> None:
+    data = yaml.safe_load(config.read_text())
+    data["services"][0]["interface"] = {"window": {"control_interval_s": interval_s, "metrics_delay_s": 2.0}}
+    config.write_text(yaml.safe_dump({**data, "policy": {"reference": "learned"}}))
+    sentence = (
+        f"policy.reference 'learned': trained for a decision every 15 s, but control_interval_s is {interval_s:g} s; "
+        "set policy.reference to a rule, such as token-demand"
+    )
+    code, _, error = jevons("run", "--no-ray", "--config", config)
+    assert (code, error) == (2, f"error: {sentence}\n")
+    code, out, _ = jevons("check", "--config", config)
+    assert code == 1
+    assert f"PROBLEM control interval: {sentence}" in out
+    config.write_text(yaml.safe_dump({**data, "policy": {"reference": "token-demand"}}))
+    assert f"ok      control interval: a decision every {interval_s:g} s" in jevons("check", "--config", config)[1]
 
 
 def routed(replicas: str | None, service: str) -> dict[str, object]:
@@ -135,6 +292,7 @@ def routed(replicas: str | None, service: str) -> dict[str, object]:
         ({"shards": 2}, "shards: 2 actors for 1 services"),
         ({"colour": 1}, "colour"),
         ({"name": "Not a name"}, "name"),
+        ({"services": ["nowhere.yaml"]}, "live.yaml: field services.0: "),
         ({"services": ["nowhere.yaml"]}, "nowhere.yaml: no such file"),
         ({"records": {"url": "sqlite:///x", "keep_days": 0}}, "records.keep_days"),
         ({"policy": {"first_prices": {"nobody": 3}}}, "policy.first_prices: there is no service 'nobody'"),
@@ -149,6 +307,16 @@ def test_a_wrong_field_is_named(config: Path, change: dict[str, object], field: 
     code, _, error = jevons("status", "--config", config)
     assert code == 2
     assert field in error
+
+
+def test_two_routed_services_with_one_backend_are_refused(config: Path) -> None:
+    data = yaml.safe_load(config.read_text())
+    services = [*data["services"], {**data["services"][0], "service": "code"}]
+    gateway = {"kind": "haproxy", "sockets": ["/run/haproxy.sock"], "backend": "engines", "route": ["*"]}
+    actuator = {"kind": "composite", "replicas": {"kind": "kubernetes"}, "batch_cap": gateway}
+    config.write_text(yaml.safe_dump({**data, "services": services, "actuator": actuator}))
+    code, _, error = jevons("status", "--config", config)
+    assert (code, "route: 'chat' and 'code' have one backend, 'engines'" in error) == (2, True)
 
 
 def test_two_configurations_of_one_name_are_refused(config: Path) -> None:

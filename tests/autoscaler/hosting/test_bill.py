@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from live_fakes import LiveWorld, live_config, service_spec
 
+from autoscaler.actuators.base import FleetState
 from envs.traffic.trace import Trace
-from policies.contract import Snapshot
+from policies.contract import MetricsUnavailable, Snapshot
 from training.replaying.scores import Bill
 
 RATES = (
@@ -57,7 +58,7 @@ def run(world: LiveWorld, service: Any, hours: float) -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 4, 8], ids=["15 s", "60 s", "120 s"])
-def test_live_dollars_are_the_judges_through_outages_and_a_restart(tmp_path: Path, windows: int) -> None:
+def test_live_dollars_and_tokens_are_the_judges_through_outages_and_a_restart(tmp_path: Path, windows: int) -> None:
     spec = service_spec()
     world = type("World", (Averaged,), {"windows": windows})([spec], [tides(8 * 3600.0, 2.0, 25.0)])
     service = world.service(live_config(tmp_path))
@@ -74,7 +75,57 @@ def test_live_dollars_are_the_judges_through_outages_and_a_restart(tmp_path: Pat
     usage = world.cluster.usage()
     judged = Bill(spec, world.cluster.arrays.pools).total_usd(usage, 0)
     assert service.exposition.meter.usd.sum() == pytest.approx(judged, rel=0.01)
+    assert service.exposition.meter.tokens.sum() == pytest.approx(usage.served_tokens[0], rel=0.01)
     service.close()
+
+
+class Unread(LiveWorld):
+    """A source that asks nobody else when its server is away."""
+
+    def read(self) -> Snapshot:
+        if self.blind:
+            raise MetricsUnavailable("no answer")
+        return super().read()
+
+
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_what_others_do_to_the_fleet_while_metrics_are_missing_is_billed(tmp_path: Path, mode: str) -> None:
+    """Replicas are counted by the actuator, which answers: an outage of an hour must not make a wrong bill."""
+    spec = service_spec()
+    world = Unread([spec], [tides(3 * 3600.0, 5.0, 5.0)])
+    service = world.service(live_config(tmp_path, mode=mode))
+    run(world, service, 0.5)
+    world.blind = True
+    run(world, service, 0.1)
+    world.set([[9]])
+    run(world, service, 0.5)
+    world.set([[2]])
+    run(world, service, 0.5)
+    usage = world.cluster.usage()
+    judged = Bill(spec, world.cluster.arrays.pools).total_usd(usage, 0)
+    assert service.exposition.meter.usd.sum() == pytest.approx(judged, rel=0.02)
+    service.close()
+
+
+class Crashing(LiveWorld):
+    """One replica more, whose engine crashes: it holds its GPUs."""
+
+    def state(self) -> FleetState:
+        return replace(super().state(), replicas_stuck=np.ones((1, 1)), replicas_stuck_paid=np.ones((1, 1)))
+
+
+def test_a_replica_that_never_gets_ready_and_holds_its_gpus_is_billed(tmp_path: Path) -> None:
+    spec = service_spec()
+    per_hour = []
+    for made in (LiveWorld, Crashing):
+        world = made([spec], [tides(3600.0, 5.0, 5.0)])
+        service = world.service(live_config(tmp_path / made.__name__, mode="advise"))
+        run(world, service, 0.25)
+        (gauge,) = (one for one in service.exposition.collect() if one.name == "jevons_cost_usd_per_hour")
+        per_hour.append(gauge.samples[0].value)
+        assert service.exposition.meter.usd.sum() / 0.25 == pytest.approx(per_hour[-1], rel=0.02)
+        service.close()
+    assert per_hour[1] == pytest.approx(1.5 * per_hour[0])  # three instead of two
 
 
 def test_live_tokens_are_those_that_were_served_whatever_arrives(tmp_path: Path) -> None:

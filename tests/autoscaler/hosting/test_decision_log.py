@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live_fakes import LiveWorld, burst, live_config, service_spec
 
-from autoscaler.hosting.decision_log import JsonLines
+from autoscaler.hosting.decision_log import DecisionLog, JsonLines
 
 
 @pytest.fixture
@@ -42,6 +42,23 @@ def test_a_hold_is_one_line_with_its_cause_and_one_when_it_ends(
     assert first.startswith("chat unchanged: ")
     assert others == ["no longer: read: no answer"]
     service.close()
+
+
+def test_a_problem_whose_times_change_is_one_problem(lines: pytest.LogCaptureFixture) -> None:
+    log = DecisionLog(["chat"], [["l40s"]])
+    for left_s in (0.507, 1.9, 0.4):
+        log.troubled(
+            [f"read: Read timed out. (read timeout={left_s})", f"chat: the newest sample is {90 + left_s:.0f} s old"]
+        )
+    assert said(lines) == ["chat: the newest sample is 91 s old", "read: Read timed out. (read timeout=0.507)"]
+    log.troubled(["chat: 3 of 4 replicas are scraped"])
+    assert said(lines) == [
+        "chat: 3 of 4 replicas are scraped",
+        "no longer: chat: the newest sample is 91 s old",
+        "no longer: read: Read timed out. (read timeout=0.507)",
+    ]
+    log.troubled(["chat: 2 of 4 replicas are scraped"])
+    assert said(lines) == ["chat: 2 of 4 replicas are scraped", "no longer: chat: 3 of 4 replicas are scraped"]
 
 
 def test_every_target_that_differs_is_a_line(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:

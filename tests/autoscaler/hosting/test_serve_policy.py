@@ -66,8 +66,8 @@ def test_stays_within_the_bounds_of_the_deployment(file: Path) -> None:
         '{"chat": 1}',
         '{"chat": {"h100": {}}}',
         '{"chat": {"h100": {"replicas": "x", "time_s": 9e9}}}',
-        json.dumps({"chat": {"h100": entry(9, age_s=121.0)}}),
-        json.dumps({"chat": {"h100": entry(9, age_s=-3600.0)}}),
+        pytest.param(json.dumps({"chat": {"h100": entry(9, age_s=121.0)}}), id="too old"),
+        pytest.param(json.dumps({"chat": {"h100": entry(9, age_s=-3600.0)}}), id="of the future"),
     ],
 )
 def test_keeps_the_count_without_a_fresh_target(file: Path, text: str) -> None:

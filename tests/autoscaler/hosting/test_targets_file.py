@@ -24,5 +24,5 @@ def test_a_file_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path)
     service = world.service(live_config(tmp_path, targets_file=path))
     world.run(service, 3)
     service.close()
-    assert service.targets.problem == f"{path}: cannot be written: File exists"
+    assert service.targets.problem == f"{path}: cannot be written: Not a directory"
     assert len(world.targets) == 3

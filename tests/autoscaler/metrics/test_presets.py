@@ -11,9 +11,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from autoscaler.metrics import presets
+from autoscaler.metrics import presets, promql
 from autoscaler.metrics.client import Engine, GatewayName, PrometheusConfig
-from autoscaler.metrics.queries import build_queries
+from autoscaler.metrics.queries import build_native_queries, build_queries
+from policies.engine import ConfigError
 from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 from tests.missing import missing_server
 
@@ -35,7 +36,9 @@ CONFIGS = {
 
 def rendered(options: dict[str, object]) -> list[str]:
     config = PrometheusConfig.model_validate({"url": "http://localhost:9090", **options})
-    return [f"{query.signal}: {query.text}" for query in build_queries(config, [SPEC])]
+    native = build_native_queries(config, [SPEC])
+    lines = [f"{query.signal}: {query.text}" for query in build_queries(config, [SPEC])]
+    return [*lines, *(f"native {one.signal}: {one.text}" for one in native)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -61,11 +64,11 @@ def test_promtool_accepts_every_query(tmp_path: Path) -> None:
 
 
 def test_a_whole_number_is_found_in_both_spellings() -> None:
-    assert presets.edge_pattern([1.0, 0.05]) == r"1|1\.0|0\.05|\+Inf"
+    assert promql.edge_pattern([1.0, 0.05]) == r"1|1\.0|0\.05|\+Inf"
 
 
 def test_windows_are_exact_to_a_millisecond() -> None:
-    assert [presets.duration(seconds) for seconds in (15, 7.5, 0.25)] == ["15s", "7500ms", "250ms"]
+    assert [promql.duration(seconds) for seconds in (15, 7.5, 0.25)] == ["15s", "7500ms", "250ms"]
 
 
 def test_every_preset_can_be_chosen_and_knows_its_signals() -> None:
@@ -77,9 +80,29 @@ def test_every_preset_can_be_chosen_and_knows_its_signals() -> None:
 
 def test_a_signal_of_ones_own_replaces_the_table() -> None:
     lines = rendered({"metrics": {"running": ["acme_running"]}})
-    assert lines[0] == 'running: sum by (service) (last_over_time({__name__="acme_running"}[15s]))'
+    series = '{__name__="acme_running",service=~"chat"}'
+    ranks = f"sum by (service, instance, job, prometheus_replica) (last_over_time({series}[15s]))"
+    by_target, within = f"max by (service, instance) ({ranks})", ">= 0 <= 437216"
+    left_out = f"{by_target} unless {by_target} {within}"
+    assert lines[0] == f"running: sum by (service) ({by_target} {within}) or ({left_out})"
 
 
 def test_an_unknown_signal_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no signal named 'runing'; signals: running, waiting"):
         rendered({"metrics": {"runing": ["acme_running"]}})
+
+
+def test_only_the_services_own_label_values_are_asked_for() -> None:
+    config = PrometheusConfig.model_validate(
+        {"url": "http://localhost:9090", "names": {"chat": ["llama-3.1", 'a"b|c'], "code": "x\\y\n"}}
+    )
+    specs = [SPEC, SPEC.model_copy(update={"service": "code"})]
+    (line,) = [query.text for query in build_queries(config, specs) if query.signal == "seen"]
+    assert line.count(r'service=~"llama-3\\.1|a\"b\\|c|x\\\\y\n"') == line.count("{__name__") == 4
+
+
+def test_names_that_are_too_long_for_one_query_are_refused() -> None:
+    config = PrometheusConfig.model_validate({"url": "http://localhost:9090"})
+    specs = [SPEC.model_copy(update={"service": f"{row:0100}"}) for row in range(600)]
+    with pytest.raises(ConfigError, match="the names of 600 services are too long for one query: set shards"):
+        build_queries(config, specs)

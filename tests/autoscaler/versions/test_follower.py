@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import call, refusal
 from live_fakes import LiveWorld, burst, live_config, service_spec
 
-from autoscaler.versions.follower import PolicyConfig, PolicyFollower, Probation, RollbackSpec, Version, warmed
+from autoscaler.versions.follower import PolicyConfig, PolicyFollower, Version, warmed
+from autoscaler.versions.probation import Probation, RollbackSpec
+from autoscaler.versions.registry import BUNDLE_FILE
+from autoscaler.versions.signatures import TAG, Trust, make_keys, sign
+from policies.atomic_files import write_text
 from policies.contract import Decision, Outcome, Reason, Target
 from policies.fleet import Fleet
 from policies.learned import load_bundle, write_bundle
 from policies.lineup import SHIPPED_BUNDLE
+from policies.secret_url import Url
 from policies.spec import InterfaceSpec
-from training.versions.registry import BUNDLE_FILE, register
+from training.versions.registry import register
 from training.versions.tracking import connect, experiment_id
 
 NAME = "live"
@@ -79,12 +88,55 @@ def test_the_alias_is_followed_and_each_version_is_offered_once(store: Registry,
     assert own.problem == ""
 
 
+def test_a_disk_that_is_full_once_is_said_and_the_next_look_goes_on(
+    store: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add()
+    own, written = follower(store, tmp_path), []
+
+    def full_once(path: Path, text: str) -> None:
+        written.append(path)
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr("autoscaler.versions.registry.write_text", full_once)
+    own.look()
+    assert "No space left on device" in own.problem
+    assert own.take() is None
+    own.look()
+    assert own.problem == ""
+    assert own.take() is not None
+
+
+@pytest.mark.plays("a background thread fails")
+def test_the_thread_that_looks_survives_what_nobody_foresaw(
+    store: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add()
+    own, locate, seen = follower(store, tmp_path), PolicyFollower._locate, threading.Event()
+
+    def broken_once(this: PolicyFollower) -> tuple[str, Path]:
+        if own.thread.restarts == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert "No space left on device" in own.thread.problem
+        seen.set()
+        return locate(this)
+
+    monkeypatch.setattr(PolicyFollower, "_locate", broken_once)
+    own.thread.start()
+    assert seen.wait(60.0)
+    own.thread.stop(60.0)
+    assert own.take() is not None
+
+
+@pytest.mark.plays("MLflow down")
 def test_with_the_registry_down_what_is_loaded_goes_on_even_over_a_restart(store: Registry, tmp_path: Path) -> None:
     expected = store.add()
     own = follower(store, tmp_path)
     own.look()
     assert digest_of(own.take()) == expected
-    own._config = own._config.model_copy(update={"tracking_uri": f"sqlite:///{tmp_path}/no/where.db"})
+    own._config = own._config.model_copy(update={"tracking_uri": Url(f"sqlite:///{tmp_path}/no/where.db")})
     own.look()
     assert own.take() is None
     assert "models:/live@champion" in own.problem
@@ -93,6 +145,34 @@ def test_with_the_registry_down_what_is_loaded_goes_on_even_over_a_restart(store
     assert digest_of(restarted.take()) == expected
 
 
+@pytest.mark.plays("corrupt bundle")
+@pytest.mark.parametrize("damage", ["altered", "truncated", "empty", "another"])
+def test_a_kept_copy_that_is_damaged_is_fetched_again(store: Registry, tmp_path: Path, damage: str) -> None:
+    store.add()
+    expected = store.add()
+    own = follower(store, tmp_path / "cache")
+    own.look()
+    assert digest_of(own.take()) == expected
+    (kept,) = (tmp_path / "cache").glob("*.zip")
+    whole = kept.read_bytes()
+    middle = len(whole) // 2
+    other = store.stored(store.versions[0]).read_bytes()
+    changed = {
+        "altered": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "truncated": whole[:middle],
+        "empty": b"",
+        "another": other,
+    }
+    kept.write_bytes(changed[damage])
+    own.look()
+    assert (own.problem, kept.read_bytes() == whole) == ("", True)
+    kept.write_bytes(changed[damage])
+    restarted = follower(store, tmp_path / "cache")
+    restarted.look()
+    assert (restarted.problem, digest_of(restarted.take())) == ("", expected)
+
+
+@pytest.mark.plays("corrupt bundle")
 def test_a_bundle_that_was_altered_in_the_store_is_refused_and_the_last_one_stays(
     store: Registry, tmp_path: Path
 ) -> None:
@@ -109,6 +189,116 @@ def test_a_bundle_that_was_altered_in_the_store_is_refused_and_the_last_one_stay
     assert own.take() is None
     assert "truncated or altered" in own.problem
     assert follower(store, tmp_path / "empty").take() is None
+
+
+def test_the_signature_of_a_version_is_its_tag_and_is_kept_with_the_bundle(store: Registry, tmp_path: Path) -> None:
+    make_keys(tmp_path / "key")
+
+    def trusting(uri: str) -> PolicyFollower:
+        own = follower(store, tmp_path / "cache", uri)
+        own._trust = Trust([tmp_path / "key.pub"])
+        own.look()
+        return own
+
+    expected = store.add()
+    unsigned = trusting(store.uri)
+    assert unsigned.take() is None
+    assert "no signature that can be read" in unsigned.problem
+    version = store.versions[-1]
+    signature = sign(store.stored(version).read_bytes(), tmp_path / "key", f"{NAME}/{version}")
+    store.client.set_model_version_tag(NAME, version, TAG, signature)
+    assert digest_of(trusting(store.uri).take()) == expected
+    assert digest_of(trusting(f"sqlite:///{tmp_path}/no/where.db").take()) == expected
+
+
+def test_a_signature_that_is_put_on_another_version_brings_nothing_back(store: Registry, tmp_path: Path) -> None:
+    """An attacker may write to the registry and has no key; an operator may move the alias back to what was signed."""
+    make_keys(tmp_path / "key")
+    own = follower(store, tmp_path / "cache")
+    own._trust = Trust([tmp_path / "key.pub"])
+    withdrawn = store.add(champion=False)
+    old = store.client.get_model_version(NAME, store.versions[-1])
+    signature = sign(store.stored(old.version).read_bytes(), tmp_path / "key", f"{NAME}/{old.version}")
+    store.client.set_model_version_tag(NAME, old.version, TAG, signature)
+    tags = {TAG: signature, "bundle_digest": withdrawn}
+    for name in (NAME, "another-model"):
+        if name != NAME:
+            store.client.create_registered_model(name)
+        replayed = store.client.create_model_version(name, old.source, old.run_id, tags=tags)
+        store.client.set_registered_model_alias(name, "champion", replayed.version)
+        own.reference = f"models:/{name}@champion"
+        own.look()
+        assert own.take() is None
+        assert f"signed as {name}/{replayed.version} by none of the trusted keys" in own.problem
+    store.client.set_registered_model_alias(NAME, "champion", old.version)
+    own.reference = f"models:/{NAME}@champion"
+    own.look()
+    assert (digest_of(own.take()), own.problem) == (withdrawn, "")
+
+
+def test_a_signed_version_without_a_digest_is_refused(store: Registry, tmp_path: Path) -> None:
+    make_keys(tmp_path / "key")
+    own = follower(store, tmp_path / "cache")
+    own._trust = Trust([tmp_path / "key.pub"])
+    store.add()
+    version = store.versions[-1]
+    signature = sign(store.stored(version).read_bytes(), tmp_path / "key", f"{NAME}/{version}")
+    store.client.set_model_version_tag(NAME, version, TAG, signature)
+    store.client.delete_model_version_tag(NAME, version, "bundle_digest")
+    own.look()
+    assert own.take() is None
+    assert own.problem == f"models:/{NAME}@champion: {NAME}/{version} has no tag bundle_digest, which names its bundle"
+
+
+def test_a_kept_copy_is_not_given_out_as_another_version(store: Registry, tmp_path: Path) -> None:
+    make_keys(tmp_path / "key")
+    expected = store.add()
+    version, nowhere = store.versions[-1], f"sqlite:///{tmp_path}/no/where.db"
+    signature = sign(store.stored(version).read_bytes(), tmp_path / "key", f"{NAME}/{version}")
+    store.client.set_model_version_tag(NAME, version, TAG, signature)
+
+    def restarted(uri: str) -> PolicyFollower:
+        own = follower(store, tmp_path / "cache", uri)
+        own._trust = Trust([tmp_path / "key.pub"])
+        own.look()
+        return own
+
+    assert digest_of(restarted(store.uri).take()) == expected
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    pointer = tmp_path / "cache" / f"{NAME}-champion.last"
+    written = pointer.read_text()
+    for other, why in ((f"{NAME}/9999", "signed as live/9999 by none"), ("another/1", "")):
+        pointer.write_text(written.replace(f"{NAME}/{version}", other))
+        own = restarted(nowhere)
+        assert own.take() is None
+        assert why in own.problem
+    pointer.write_text(written)
+    assert digest_of(restarted(nowhere).take()) == expected
+
+
+def test_a_kept_copy_that_was_damaged_is_fetched_again(store: Registry, tmp_path: Path) -> None:
+    expected = store.add()
+    follower(store, tmp_path).look()
+    (kept,) = tmp_path.glob("*.zip")
+    kept.write_bytes(b"damaged")
+    own = follower(store, tmp_path)
+    own.look()
+    assert (digest_of(own.take()), own.problem) == (expected, "")
+
+
+def test_the_commands_sign_and_verify_a_version(store: Registry, tmp_path: Path) -> None:
+    make_keys(tmp_path / "key")
+    digest = store.add()
+    reference = f"models:/{NAME}/{store.versions[-1]}"
+    verify = ("bundle", "verify", reference, "--key", tmp_path / "key.pub", "--tracking-uri", store.uri)
+    assert "no signature that can be read" in refusal(*verify)
+    assert call("bundle", "sign", reference, "--key", tmp_path / "key", "--tracking-uri", store.uri).exit_code == 0
+    assert digest in call(*verify).stdout
+    own = follower(store, tmp_path / "cache")
+    own._trust = Trust([tmp_path / "key.pub"])
+    own.look()
+    assert (digest_of(own.take()), own.problem) == (digest, "")
+    assert "models:/none/1" in refusal("bundle", "verify", "models:/none/1", *verify[3:])
 
 
 def test_another_bundle_than_the_registered_one_is_refused(store: Registry, tmp_path: Path) -> None:
@@ -129,7 +319,7 @@ def test_a_bundle_for_another_interface_is_refused(store: Registry, tmp_path: Pa
     own = PolicyFollower("learned", config, Fleet.from_specs([spec]), interface)
     own.look()
     assert own.take() is None
-    assert "control interval" in own.problem
+    assert own.problem.endswith("trained for a decision every 15 s, but control_interval_s is 20 s")
 
 
 # In the loop

@@ -10,12 +10,14 @@ from live_fakes import service_spec
 
 from autoscaler.controller import nothing_known
 from autoscaler.versions.ladder import FallbackLadder, LadderSpec, Rung
+from autoscaler.versions.timed_answers import TimedAnswers
 from policies.contract import Bools, Floats, Observation, Reason, Snapshot, Target
 from policies.decider import Decider
 from policies.fleet import Fleet
 from policies.spec import WindowSpec
 
 SPEC = service_spec()
+LIMIT_S = 60.0
 
 
 class Says:
@@ -51,7 +53,7 @@ def seen(**values: float) -> Observation:
 
 
 def ladder(learned: Says | None, baseline: Says, **spec: float) -> FallbackLadder:
-    made = FallbackLadder(Fleet.from_specs([SPEC]), baseline, LadderSpec(**spec))
+    made = FallbackLadder(Fleet.from_specs([SPEC]), baseline, LadderSpec(**spec), TimedAnswers(LIMIT_S))
     made.learned = learned  # type: ignore[assignment]
     made.wanted_learned = True
     return made

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from envs.traffic.formats import import_trace
 from envs.traffic.prefix_blocks import block_sessions, prefix_hits
-from envs.traffic.trace import Trace, TraceError, load_trace, write_trace
+from envs.traffic.trace import Trace, TraceError
+from envs.traffic.trace_files import load_trace, write_trace
 
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -12,7 +12,8 @@ from envs.traffic.agent_sessions import Quantiles, sample_sessions
 from envs.traffic.generator import GeneratorSpec, Profile, generate
 from envs.traffic.shapes import SHAPES
 from envs.traffic.summary import counts, dispersion, empty_share, iat_cv, peak_to_mean
-from envs.traffic.trace import TraceError, load_trace
+from envs.traffic.trace import TraceError
+from envs.traffic.trace_files import load_trace
 from policies.engine import load_model
 
 ROOT = Path(__file__).parents[3]

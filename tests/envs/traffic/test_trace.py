@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from envs.traffic.scaling import regenerate_from_rates, scale, spread_ticks, superpose, thin
 from envs.traffic.summary import counts, dispersion, empty_share, iat_cv, peak_to_mean, summarize
-from envs.traffic.trace import Trace, TraceError, load_trace, merge, write_trace
+from envs.traffic.trace import Trace, TraceError, merge
+from envs.traffic.trace_files import load_trace, write_trace
 
 MEASURED = Path(__file__).parents[4] / "shared" / "traces"
 needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="measured traces are not here")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from envs.traffic.commands import app
-from envs.traffic.trace import load_trace
+from envs.traffic.trace_files import load_trace
 
 LOG = "when,in,out\n0,5,6\n1,x,8\n2,9,10\n"
 MAP = "arrival_s=when,prompt_tokens=in,output_tokens=out"

@@ -180,3 +180,8 @@ def test_tune_prints_the_settings_and_writes_them(suite, tmp_path, monkeypatch):
     (found,) = json.loads(out.read_text())
     assert (found["policy"], found["part"], found["trials"]) == ("static", "train", 8)
     assert (tmp_path / "cache" / "studies.db").is_file()
+
+
+def test_steadiness_refuses_an_unknown_mix_and_references_alone() -> None:
+    assert "mix 'poetry': expected chat, code, reasoning" in refusal("steadiness", "--mix", "poetry")
+    assert "expected a policy" in refusal("steadiness", "--policy", "plan,bound")

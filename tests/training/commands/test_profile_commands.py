@@ -8,7 +8,8 @@ import pytest
 from fake_engine import FakeEngine, running
 from typer.testing import CliRunner
 
-from envs.traffic.trace import Trace, write_trace
+from envs.traffic.trace import Trace
+from envs.traffic.trace_files import write_trace
 from policies.engine import load_engine
 from training.commands.main import app
 from training.profiling.measure import SweepResult

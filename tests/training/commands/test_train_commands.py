@@ -6,15 +6,14 @@ import pytest
 import typer
 import yaml
 from typer.testing import CliRunner, Result
+from untrained import untrained_manifest
 
 import training.learning.train
-from policies.action import ACTIONS
-from policies.learned import FORMAT, Manifest, load_bundle, write_bundle
-from policies.observation import FEATURES
-from policies.spec import InterfaceSpec
+from autoscaler.versions.registry import BUNDLE_FILE
+from policies.learned import load_bundle, write_bundle
 from training.commands import train as train_cli
 from training.learning.monitor import RunState
-from training.versions.registry import BUNDLE_FILE, EVALUATION_FILE, register, resolve_bundle
+from training.versions.registry import EVALUATION_FILE, register, resolve_bundle
 from training.versions.tracking import connect, experiment_id
 
 RECIPE: dict[str, Any] = {
@@ -60,20 +59,7 @@ def written(folder: Path, **overrides: Any) -> Path:
 
 def version(uri: str, folder: Path, name: str, cost: float, holds: bool = True) -> str:
     """Register a policy that nobody trained, with a judgement."""
-    interface = InterfaceSpec()
-    manifest = Manifest(
-        format=FORMAT,
-        interface=interface,
-        interface_digest=interface.digest(),
-        features=FEATURES,
-        actions=ACTIONS,
-        feature_low=(0.0,) * len(FEATURES),
-        feature_high=(1.0,) * len(FEATURES),
-        log_miss_price=3.0,
-        log_miss_price_span=1.0,
-        provenance={"cost": cost},
-    )
-    digest = write_bundle(folder / BUNDLE_FILE, manifest, b"weights")
+    digest = write_bundle(folder / BUNDLE_FILE, untrained_manifest(cost=cost), b"weights")
     rows = [
         {
             "scenario": "chat",

@@ -1,16 +1,18 @@
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from untrained import untrained_manifest
 
 from envs.cluster.simulation import SimulatedCluster
-from envs.traffic.trace import Trace, write_trace
+from envs.traffic.trace import Trace
+from envs.traffic.trace_files import write_trace
 from policies import lineup
 from policies.action import ACTIONS
 from policies.contract import Outcome
 from policies.decider import Decider
 from policies.engine import ConfigError
 from policies.fleet import Fleet
-from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
+from policies.learned import BundleMismatch, load_bundle, write_bundle
 from policies.observation import FEATURES
 from policies.spec import PoolSpec, Slo, find_engine, shipped_configs
 from training.judging.evaluate import bootstrap_interval, evaluate
@@ -365,21 +367,8 @@ def bundle(tmp_path):
         [helper.make_node("MatMul", ["features", "weights"], ["action"])], "zero", [inputs], [outputs], [weights]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    interface = make().spec.interface
-    manifest = Manifest(
-        format=FORMAT,
-        interface=interface,
-        interface_digest=interface.digest(),
-        features=FEATURES,
-        actions=ACTIONS,
-        feature_low=(-10.0,) * len(FEATURES),
-        feature_high=(10.0,) * len(FEATURES),
-        log_miss_price=3.0,
-        log_miss_price_span=1.0,
-        provenance={},
-    )
     path = tmp_path / "zero.zip"
-    write_bundle(path, manifest, model.SerializeToString())
+    write_bundle(path, untrained_manifest(), model.SerializeToString())
     return path
 
 
@@ -393,5 +382,5 @@ def test_a_bundle_is_judged_like_any_policy_in_any_process(bundle):
 
 def test_a_bundle_for_another_interface_is_refused_before_anything_runs(bundle):
     slow = make(name="slow", control_interval_s=30, trace={"file": "never/read"})
-    with pytest.raises(BundleMismatch, match=r"scenario 'slow', policy '.*zero.zip': .*trained for interface"):
+    with pytest.raises(BundleMismatch, match=r"scenario 'slow', policy '.*zero.zip': .*for a decision every 15 s"):
         evaluate(suite_of(slow), [str(bundle)])

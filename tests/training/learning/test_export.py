@@ -10,14 +10,14 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
+from untrained import untrained_manifest
 
+from autoscaler.versions.registry import BUNDLE_FILE
 from envs.autoscaling_env import action_space, observation_space
 from policies.action import ACTIONS
-from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
+from policies.learned import BundleMismatch, load_bundle, write_bundle
 from policies.observation import FEATURES
-from policies.spec import InterfaceSpec
 from training.learning.export import TOLERANCE, ExportMismatch, check_equal, export, probe_observations, to_onnx
-from training.versions.registry import BUNDLE_FILE
 
 
 class Spaces(gym.Env[Any, Any]):
@@ -52,20 +52,7 @@ def run(tmp_path: Path, model: PPO) -> Path:
     folder = tmp_path / "seed-0"
     folder.mkdir()
     model.save(folder / "best.zip")
-    interface = InterfaceSpec()
-    manifest = Manifest(
-        format=FORMAT,
-        interface=interface,
-        interface_digest=interface.digest(),
-        features=FEATURES,
-        actions=ACTIONS,
-        feature_low=(-1.0,) * len(FEATURES),
-        feature_high=(1.0,) * len(FEATURES),
-        log_miss_price=3.0,
-        log_miss_price_span=1.0,
-        provenance={"seed": 0},
-    )
-    write_bundle(folder / BUNDLE_FILE, manifest, to_onnx(model))
+    write_bundle(folder / BUNDLE_FILE, untrained_manifest(1.0, seed=0), to_onnx(model))
     return folder
 
 

@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 from typer.testing import CliRunner, Result
 
 from envs.traffic.generator import GeneratorSpec, generate
-from envs.traffic.trace import write_trace
+from envs.traffic.trace_files import write_trace
 from envs.vector_env import AutoscalingVecEnv
 from policies.learned import BundleMismatch, load_bundle, write_bundle
 from policies.lineup import SHIPPED_BUNDLE

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from stable_baselines3 import PPO
 
 import training.learning.train
@@ -19,7 +20,7 @@ from policies.engine import ConfigError
 from policies.learned import MISS_PRICE_COLUMN, LearnedPolicy, load_bundle
 from policies.observation import encode_miss_price
 from training.learning.monitor import RunState, TrainingMonitor, Validator
-from training.learning.train import TrainedPolicy, draw_worlds, new_model, train_all
+from training.learning.train import TrainedPolicy, _written, check_same, draw_worlds, new_model, train_all
 from training.learning.train_config import TrainConfig
 from training.versions.registry import CHALLENGER, register
 from training.versions.tracking import connect
@@ -359,6 +360,16 @@ def test_a_finished_run_whose_bundle_is_gone_exports_it_again(store: Store, tmp_
     assert load_bundle(again.bundle).weights
     assert again.state.steps == ROLLOUT
     assert len(again.state.curve) == len(first.state.curve)
+
+
+def test_a_recipe_with_a_secret_in_it_is_the_same_as_before(tmp_path: Path) -> None:
+    """What is kept of a recipe has no secrets, and is compared with what would be kept of this one."""
+    config, kept = recipe(suite="https://me:s3cret@store/mine.yaml"), tmp_path / "config.yaml"
+    kept.write_text(yaml.safe_dump(_written(config)))
+    assert "s3cret" not in kept.read_text()
+    check_same(config, kept)
+    with pytest.raises(ConfigError, match="suite"):
+        check_same(recipe(suite="https://me:s3cret@store/other.yaml"), kept)
 
 
 def test_another_recipe_cannot_resume_a_run(store: Store, tmp_path: Path) -> None:

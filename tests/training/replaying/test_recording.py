@@ -81,7 +81,7 @@ LOG = (
 def test_an_access_log_gives_the_moments_of_one_backend(tmp_path: Path) -> None:
     file = tmp_path / "haproxy.log"
     file.write_text(LOG)
-    arrivals = read_haproxy_log(file, "chat", START_S, START_S + 600)
+    arrivals = read_haproxy_log(file, ["chat"], START_S, START_S + 600)
     assert (arrivals.from_s - START_S).tolist() == [0.5, 1.25]
     assert arrivals.resolution_s == 0.0
 
@@ -90,4 +90,4 @@ def test_another_log_is_refused_in_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "access.log"
     file.write_text('{"time": 1}\n')
     with pytest.raises(ConfigError, match="none of its 1 lines is in the format of HAProxy's `option httplog`"):
-        read_haproxy_log(file, "chat", 0, 1e12)
+        read_haproxy_log(file, ["chat"], 0, 1e12)

@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 import yaml
 
-from envs.traffic.trace import Trace, TraceError, write_trace
+from envs.traffic.trace import Trace, TraceError
+from envs.traffic.trace_files import write_trace
 from policies.engine import ConfigError
 from training.replaying.scenarios import find_suite, load_suite, parse_duration, shipped_suites
 
@@ -104,7 +105,10 @@ def test_overrides_reach_the_scaling_spec(tmp_path):
         ({"trace": {"file": "none.csv"}}, "scenario 'one': field trace.file: .*none.csv: no such file"),
         ({"trace": {}}, "scenario 'one': field trace: .*expected one of file, rates and generator"),
         ({"trace": {"generator": {"profile": "chat", "duration_s": 60}}}, "field trace.generator.mean_rps: Field req"),
-        ({"pools": [{**POOL, "engine": "gpt-9"}]}, "scenario 'one': field pools: no engine profile named 'gpt-9'"),
+        (
+            {"pools": [{**POOL, "engine": "gpt-9"}]},
+            "scenario 'one': field pools.0.engine: no engine profile named 'gpt-9'",
+        ),
         ({"pools": [{**POOL, "max_replicas": 0}]}, "scenario 'one': field pools.0.max_replicas: .*greater"),
         ({"pools": [POOL, POOL]}, "pools need different names"),
         ({"pools": []}, "field pools"),

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from untrained import untrained_manifest
 
-from policies.action import ACTIONS
-from policies.learned import FORMAT, BundleMismatch, Manifest, load_bundle, write_bundle
-from policies.observation import FEATURES
-from policies.spec import InterfaceSpec
+from autoscaler.versions.registry import BUNDLE_FILE
+from autoscaler.versions.signatures import TAG, Trust, make_keys, signature_file
+from policies.engine import ConfigError
+from policies.learned import BundleMismatch, load_bundle, write_bundle
+from policies.lineup import SHIPPED_BUNDLE
 from training.versions.registry import (
-    BUNDLE_FILE,
     CHALLENGER,
     CHAMPION,
     RegistryError,
@@ -70,21 +71,8 @@ class Registry:
     def run(self, seed: int = 0) -> tuple[str, str]:
         """A finished run with a bundle of its own; run and digest."""
         self._runs += 1
-        interface = InterfaceSpec()
-        manifest = Manifest(
-            format=FORMAT,
-            interface=interface,
-            interface_digest=interface.digest(),
-            features=FEATURES,
-            actions=ACTIONS,
-            feature_low=(0.0,) * len(FEATURES),
-            feature_high=(1.0,) * len(FEATURES),
-            log_miss_price=3.0,
-            log_miss_price_span=1.0,
-            provenance={"run": self._runs},
-        )
         path = self.folder / f"run-{self._runs}" / BUNDLE_FILE
-        digest = write_bundle(path, manifest, b"weights")
+        digest = write_bundle(path, untrained_manifest(run=self._runs), load_bundle(SHIPPED_BUNDLE).weights)
         run_id = self.client.create_run(experiment_id(self.client)).info.run_id
         self.client.log_param(run_id, "seed", seed)
         self.client.log_artifact(run_id, str(path))
@@ -283,6 +271,20 @@ def test_compare_lists_versions_newest_first_with_their_judgement(registry: Regi
     assert table[2]["replica_hours"] == pytest.approx(40.0)
     assert {row["validation_score"] for row in table} == {1.5}
     json.dumps(table, allow_nan=False)
+
+
+def test_a_champion_is_signed_before_it_becomes_one(registry: Registry, tmp_path: Path) -> None:
+    make_keys(tmp_path / "key")
+    version = registry.version("signed", rows(1.0))
+    with pytest.raises(ConfigError, match="expected a private Ed25519 key"):
+        promote("signed", version, registry.uri, tmp_path / "key.pub")
+    with pytest.raises(RegistryError):
+        resolve_bundle("models:/signed@champion", registry.uri)
+    assert promote("signed", version, registry.uri, tmp_path / "key").promote
+    bundle = resolve_bundle("models:/signed@champion", registry.uri)
+    tags = registry.client.get_model_version_by_alias("signed", CHAMPION).tags
+    signature_file(bundle).write_text(tags[TAG])
+    load_bundle(bundle, Trust([tmp_path / "key.pub"]).check_of(bundle, "signed/1"))
 
 
 def test_a_bundle_is_found_by_version_and_by_alias(registry: Registry) -> None:
