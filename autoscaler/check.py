@@ -54,6 +54,7 @@ def check_metrics(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> lis
                     (text for text in failed if text.startswith(f"{query.signal}: ")), f"{query.signal}: no answer"
                 )
                 lines.append(Access(query.signal, False, f"{why.partition(': ')[2]}; the query was {query.text}"))
+        lines += _wakes(config, specs)
         lines += _objectives(config, specs, signals.queries, signals.client, failed)
         lines += _targets(config, specs, signals, answers)
         lines += _freshness(config, specs, answers)
@@ -174,8 +175,22 @@ def _signal(
 
 def _asleep(signal: str, specs: Sequence[ScalingSpec]) -> str:
     """What services without a queue that is counted have to know, if they may go to zero."""
-    asleep = signal == "queue" and any(pool.min_replicas == 0 for spec in specs for pool in spec.pools)
+    asleep = signal == "queue" and any(_may_sleep(spec) for spec in specs)
     return "; at zero replicas only an arrival starts a service" if asleep else ""
+
+
+def _wakes(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Access]:
+    """Whether anything can tell that a service at zero replicas is wanted: no engine is there to say it."""
+    asleep = [spec.service for spec in specs if _may_sleep(spec)]
+    if not asleep or {"arrival", "queue"} & candidates_by_signal(config).keys():
+        return []
+    how = "set metrics.gateway, or min_replicas: 1 in one of its pools"
+    detail = f"{some_of(asleep, NAMED)}: nothing counts requests while no replica runs, so none would be started; {how}"
+    return [Access("from zero", False, detail)]
+
+
+def _may_sleep(spec: ScalingSpec) -> bool:
+    return all(pool.min_replicas == 0 for pool in spec.pools)
 
 
 def _objectives(

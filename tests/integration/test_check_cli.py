@@ -118,6 +118,10 @@ BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
         lambda config: config["metrics"].update(GATEWAY, gateway_label="prxy"),
         r"arrival: .*nothing for chat; its series have no label prxy",
     ),
+    "nothing would start a service at zero replicas": (
+        lambda config: config["services"][0]["pools"][0].update(min_replicas=0, initial_replicas=1),
+        r"from zero: chat: nothing counts requests while no replica runs.*set metrics.gateway, or min_replicas: 1",
+    ),
     "no series names a pool": (
         lambda config: config["metrics"].update(pool_label="poool"),
         r"pool_label: none of the replicas' series has the label poool",

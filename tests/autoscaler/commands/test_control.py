@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from live_fakes import LiveWorld, burst
+from servers import wait_until
 from typer.testing import CliRunner
 
 from autoscaler.authority.controls import ANNOTATION, Controls, DownWatch, Mode
@@ -259,6 +263,27 @@ def test_bad_input_is_one_sentence(config: Path, words: tuple[str, ...], sentenc
     assert code == 2
     assert sentence in error
     assert "Traceback" not in error
+
+
+@pytest.mark.plays("native code ends the process", "the stacks of its threads are in the log")
+def test_what_ends_a_controller_from_below_leaves_its_stacks_in_the_log(config: Path) -> None:
+    jevons_file = Path(sys.executable).parent / "jevons"
+    command = [jevons_file, "run", "--no-ray", "--config", config]
+    database = Database(load_live_config(config).located(config.parent).database_url)
+    database.create()
+
+    def ticks() -> bool:
+        with database.begin() as connection:
+            return bool(connection.execute(CONTROLLERS.select()).all())
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        wait_until(ticks, "a first tick")
+        running.send_signal(signal.SIGBUS)
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in said
+    assert "autoscaler/hosting/service.py" in said
+    database.close()
 
 
 @pytest.mark.parametrize("interval_s", [5.0, 60.0])
