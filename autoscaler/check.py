@@ -175,22 +175,18 @@ def _signal(
 
 def _asleep(signal: str, specs: Sequence[ScalingSpec]) -> str:
     """What services without a queue that is counted have to know, if they may go to zero."""
-    asleep = signal == "queue" and any(_may_sleep(spec) for spec in specs)
+    asleep = signal == "queue" and any(spec.sleeps for spec in specs)
     return "; at zero replicas only an arrival starts a service" if asleep else ""
 
 
 def _wakes(config: PrometheusConfig, specs: Sequence[ScalingSpec]) -> list[Access]:
     """Whether anything can tell that a service at zero replicas is wanted: no engine is there to say it."""
-    asleep = [spec.service for spec in specs if _may_sleep(spec)]
+    asleep = [spec.service for spec in specs if spec.sleeps]
     if not asleep or {"arrival", "queue"} & candidates_by_signal(config).keys():
         return []
     how = "set metrics.gateway, or min_replicas: 1 in one of its pools"
     detail = f"{some_of(asleep, NAMED)}: nothing counts requests while no replica runs, so none would be started; {how}"
     return [Access("from zero", False, detail)]
-
-
-def _may_sleep(spec: ScalingSpec) -> bool:
-    return all(pool.min_replicas == 0 for pool in spec.pools)
 
 
 def _objectives(

@@ -217,6 +217,11 @@ class ScalingSpec(StrictModel):
     guardrails: GuardrailSpec = Field(default=GuardrailSpec(), description="Limits on every target.")
     objective: ObjectiveSpec = Field(default=ObjectiveSpec(), description="What counts as cost.")
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the service may have no replica at all."""
+        return all(pool.min_replicas == 0 for pool in self.pools)
+
     def digest(self) -> str:
         """SHA-256 of the resolved spec, hexadecimal."""
         return _digest(self)

@@ -96,7 +96,7 @@ class HAProxyActuator:
         self._processes = [RuntimeApi(address, config.timeout_s) for address in config.sockets]
         self._caps: dict[PoolName, int] = {}
         self._limits = {pool: specs[pool.row].pools[pool.column].engine.max_num_seqs for pool in self._pools}
-        self._from_zero = {one.service for one in specs if not any(pool.min_replicas for pool in one.pools)}
+        self._asleep = {spec.service for spec in specs if spec.sleeps}
 
     def apply(self, target: Target) -> None:
         """Set the caps that differ. Raises `PartlyFailed`."""
@@ -236,9 +236,9 @@ class HAProxyActuator:
         detail += ", follows the replicas" if routed else ""
         if not routed and not servers:
             detail += f"; list its servers in HAProxy's configuration, or add {pool.service} to `route`"
-        elif pool.service in self._from_zero:
+        elif pool.service in self._asleep:
             detail += "; at zero replicas HAProxy answers 503 at once: set min_replicas to 1"
-        return Access(f"backend {backend}", (routed or bool(servers)) and pool.service not in self._from_zero, detail)
+        return Access(f"backend {backend}", (routed or bool(servers)) and pool.service not in self._asleep, detail)
 
     def _check_health(self, process: RuntimeApi, pool: PoolName) -> list[Access]:
         """Whether a replica that dies, or answers nothing but errors, is taken out by HAProxy itself."""
