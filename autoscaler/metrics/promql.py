@@ -132,14 +132,18 @@ def render(
     le = f'le=~"{quoted(edge_pattern(edges))}"' if kind == "bucket_rate" and tuple(edges) else ""
     # What is left out is told by rates alone: that of a counter without its birth is a third as long to ask for.
     totals = [selector(one, matchers, 'le="+Inf"' * (kind == "bucket_rate"), grouping.only) for one in candidates]
-    judged = _rates(totals, window_s) if kind in ("rate", "bucket_rate") else _over_window(kind, totals, window_s)
+    counts = kind in ("rate", "bucket_rate")
+    judged = _rates(totals, window_s) if counts else _over_window(kind, totals, window_s)
     if kind != "bucket_rate":
         more: tuple[str, ...] = ()
-        series = _over_window(kind, totals, window_s)
+        series = _counted(totals, (), window_s) if counts else judged
     else:
-        groups = [[selector(one, matchers, le, grouping.only) for one in group] for group in _apart(candidates)]
-        parts = [_over_window(kind, group, window_s) for group in groups]
-        there = [_over_window("last", group, window_s) for group in groups]
+        # Whether a histogram is there, and stays, is told by one bucket of it: there are dozens.
+        apart = _apart(candidates)
+        groups = [[selector(one, matchers, le, grouping.only) for one in group] for group in apart]
+        wholes = [[selector(one, matchers, 'le="+Inf"', grouping.only) for one in group] for group in apart]
+        parts = [_counted(*both, window_s) for both in zip(groups, wholes, strict=True)]
+        there = [_over_window("last", whole, window_s) for whole in wholes]
         more = ("le",)
         series = _first_of(parts, there, "ignoring (le) ")
     targets, judged = _by_target(signal, series, grouping, more), _by_target(signal, judged, grouping)
@@ -248,26 +252,35 @@ def whole_name(candidate: str) -> str:
 
 
 def _over_window(kind: str, series: Sequence[str], window_s: float) -> str:
-    """The series over the window, those of the first name that a target has."""
-    window = duration(window_s)
-    if kind == "average":
-        return " or ".join(f"avg_over_time({one}[{window}])" for one in series)
+    """Gauges over the window, those of the first name that a target has."""
+    over = "avg_over_time" if kind == "average" else "last_over_time"
     # The last sample of the window: one scrape that failed makes no replica vanish.
-    last = " or ".join(f"last_over_time({one}[{window}])" for one in series)
-    if kind == "last":
-        return last
-    # A counter that was not there when the window began, in a scrape that went well, has counted from 0 since: all of
-    # it belongs to the window, and a rate would leave its first sample out. Where the target is new, or was not
-    # answering, nobody knows when it began to count. Nor where one of its series is not in its newest scrape any more,
-    # though it may be there for two scrapes: what looks new may be that one under other labels, with all that it has
-    # ever counted.
-    before = " or ".join(f"{one} offset {window}" for one in series)
+    return " or ".join(f"{over}({one}[{duration(window_s)}])" for one in series)
+
+
+def _counted(series: Sequence[str], wholes: Sequence[str], window_s: float) -> str:
+    """Counters over the window, those of the first name that a target has.
+
+    A counter that was not there when the window began, in a scrape that went well, has counted from 0 since: all of it
+    belongs to the window, and a rate would leave its first sample out. Where the target is new, or was not answering,
+    nobody knows when it began to count. Nor where one of its series is not in its newest scrape any more, though it may
+    be there for two scrapes: what looks new may be that one under other labels, with all that it has ever counted.
+
+    Args:
+        series: the counters, or the buckets of histograms.
+        wholes: the last bucket of each histogram, which tells of all of them; none for counters.
+        window_s: window, seconds.
+    """
+    told, window = wholes or series, duration(window_s)
+    before = " or ".join(f"{one} offset {window}" for one in told)
     there = f"up offset {window} == 1 and up"
     scraped = "max by (job, instance) (timestamp(up))"
-    kept = " or ".join(f"timestamp({one}) >= on (job, instance) group_left () {scraped}" for one in series)
-    born = f"(({last}) / {window_s:g} unless ({before})) and on (job, instance) ({there})"
+    kept = " or ".join(f"timestamp({one}) >= on (job, instance) group_left () {scraped}" for one in told)
+    born = f"(({_over_window('last', told, window_s)}) unless ({before})) and on (job, instance) ({there})"
     born += f" unless on (job, instance) (({before}) unless ({kept}))"
-    return f"({born}) or {_rates(series, window_s)}"
+    if wholes:
+        born = f"({_over_window('last', series, window_s)}) and ignoring (le) ({born})"
+    return f"({born}) / {window_s:g} or {_rates(series, window_s)}"
 
 
 def _rates(series: Sequence[str], window_s: float) -> str:

@@ -30,7 +30,7 @@ from policies.engine import ColdStart, EngineProfile, StepModel
 from policies.fleet import Fleet
 from policies.learned import LearnedPolicy, load_bundle
 from policies.spec import GuardrailSpec, InterfaceSpec, ObjectiveSpec, PoolSpec, ScalingSpec, Slo, shipped_configs
-from tests.benchmarks import kubernetes_pods, live, live_edges
+from tests.benchmarks import kubernetes_pods, live, live_edges, prometheus_reading
 
 REQUESTS = 200_000
 ENVS = 512
@@ -70,6 +70,7 @@ def figures() -> Iterator[tuple[str, float, str]]:
     yield from live.figures()
     yield from live_edges.figures()
     yield from kubernetes_pods.figures()
+    yield from prometheus_reading.figures()
 
 
 def best_cpu_s(run: Callable[[], None], repeats: int = REPEATS) -> float:
