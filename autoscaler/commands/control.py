@@ -78,17 +78,15 @@ def run(
 
 def _run_here(runs: list[Run]) -> None:
     """All shards as threads of this process, until Ctrl-C, SIGTERM or `jevons down`."""
-    import faulthandler
     import signal
     import threading
 
     from autoscaler.hosting.attempts import Attempts
-    from autoscaler.hosting.decision_log import configure_logging
     from autoscaler.hosting.presence import Doing
+    from autoscaler.hosting.process import prepare
     from autoscaler.hosting.progress import Watchdog
 
-    configure_logging(runs[0].config.log)
-    faulthandler.enable()  # what ends native code (a damaged file that is mapped, say) leaves the stacks in the log
+    prepare(runs[0].config.log)
     watchdog = Watchdog()
     shards = [Attempts(one.config, shard, watchdog, one.down) for one in runs for shard in range(one.config.shards)]
     threads = [threading.Thread(target=shard.run, name=shard.name, daemon=True) for shard in shards]

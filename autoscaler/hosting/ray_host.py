@@ -26,8 +26,8 @@ from autoscaler.authority.controls import DownWatch
 from autoscaler.hosting import local_ray
 from autoscaler.hosting.attempts import Attempts, Run, Standing, report, sentence
 from autoscaler.hosting.config import LiveConfig, RayConfig, load_live_config
-from autoscaler.hosting.decision_log import configure_logging
 from autoscaler.hosting.presence import Doing
+from autoscaler.hosting.process import prepare
 from autoscaler.hosting.progress import Watchdog
 from autoscaler.hosting.waiting import Waiting
 from policies.engine import ConfigError
@@ -61,7 +61,7 @@ class ControllerActor:
 
     def __init__(self, config: str, shard: int, before_s: float | None) -> None:
         loaded = LiveConfig.model_validate_json(config)
-        configure_logging(loaded.log)
+        prepare(loaded.log)
         self._config = config
         self._attempts = Attempts(loaded, shard, Watchdog(), DownWatch(loaded.name, before_s))
         threading.Thread(target=self._attempts.run, name="jevons-loop", daemon=True).start()
@@ -368,7 +368,7 @@ def main(arguments: Sequence[str]) -> int:
     guard_streams()
     why, *words = arguments
     runs = [_of_word(word) for word in words]
-    configure_logging(runs[0].config.log)
+    prepare(runs[0].config.log)
     return drive(runs, detach=False, say=LOG.info, why=why)
 
 
