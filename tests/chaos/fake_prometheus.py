@@ -10,15 +10,18 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 
-from tests.chaos.promql import Labels, Series, UnknownPromQLError, evaluate
+from tests.chaos.promql import Series, Store, UnknownPromQLError, evaluate
 
 URL = "http://prometheus.test:9090"
+text_of = lru_cache(maxsize=512)(unquote_plus)
+"""The queries of a tick are those of the last one, and long."""
 Exposed = Iterable[tuple[str, Mapping[str, str], float]]
 """Metric names, labels and values of one scrape of one target."""
 
@@ -32,7 +35,7 @@ class FakePrometheus:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self.store: dict[str, dict[Labels, Series]] = {}
+        self.store = Store()
         self.fault = ""
         """What its answers are instead of answers; a kind of `answer`."""
         self.unanswerable = ""
@@ -49,6 +52,7 @@ class FakePrometheus:
     def scrape(self, targets: Mapping[tuple[str, str], tuple[Mapping[str, str], Exposed]]) -> None:
         """One scrape of every target: (job, instance) to labels and what it exposes. Others are gone."""
         at_s = self.time_s
+        self.store.memory.clear()
         for gone in set(self._targets) - set(targets):
             for series in self._targets.pop(gone):
                 series.ended_s = at_s
@@ -67,6 +71,7 @@ class FakePrometheus:
 
     def forget(self, before_s: float = math.inf) -> None:
         """Drop series without a sample since then."""
+        self.store.memory.clear()
         for name, group in list(self.store.items()):
             for key in [key for key, series in group.items() if series.times[-1] < before_s]:
                 del group[key]
@@ -92,7 +97,8 @@ class FakePrometheus:
             return self._respond(200, "<!doctype html><title>Sign in</title>")
         parts = urlsplit(str(request.url))
         body = request.body.decode() if isinstance(request.body, bytes) else request.body or ""
-        asked = {name: values[0] for name, values in {**parse_qs(parts.query), **parse_qs(str(body))}.items()}
+        fields = [field.partition("=") for field in f"{parts.query}&{body}".split("&") if field]
+        asked = {name: text_of(value) for name, _, value in fields}
         if not parts.path.endswith("/query"):
             data: Any = sorted(self.store) if parts.path.endswith("/__name__/values") else []
             return self._success(data)

@@ -6,16 +6,18 @@ This module must not know what the series mean.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Labels = tuple[tuple[str, str], ...]
 LOOKBACK_S = 300.0
+MOST_REMEMBERED = 4096
 TOKEN = re.compile(
     r"\s*(?:(?P<duration>(?:\d+(?:ms|[smhd]))+(?![\w:]))|(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?(?![a-zA-Z_:]))|(?P<name>[a-zA-Z_:][\w:]*)"
     r'|(?P<string>"(?:[^"\\]|\\.)*")|(?P<range>\[[^\]]*\])|(?P<op>==|!=|>=|<=|=~|!~|[-+*/%^(){},<>=@]))'
@@ -39,6 +41,11 @@ class Series:
     times: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     ended_s: float = math.inf
+    answers: dict[object, bool] = field(default_factory=dict)
+    """Whether a selector chooses it: its labels never change."""
+
+    def __post_init__(self) -> None:
+        self.key: Labels = tuple(sorted(self.labels.items()))
 
     def add(self, time_s: float, value: float) -> None:
         self.times.append(time_s)
@@ -49,20 +56,26 @@ class Series:
 
     def within(self, after_s: float, until_s: float) -> tuple[list[float], list[float]]:
         """Samples in (after, until]."""
-        first = next((at for at in range(len(self.times)) if self.times[at] > after_s), len(self.times))
-        last = next((at for at in range(len(self.times), 0, -1) if self.times[at - 1] <= until_s), 0)
+        first, last = bisect.bisect_right(self.times, after_s), bisect.bisect_right(self.times, until_s)
         return self.times[first:last], self.values[first:last]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     labels: Labels
     value: float
     time_s: float
 
 
 Vector = list[Sample]
-Store = Mapping[str, Mapping[Labels, Series]]
+
+
+class Store(dict[str, dict[Labels, Series]]):
+    """Series by name and labels; `memory` has what parts of queries were answered since a series last changed."""
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, float], Any] = {}
+
+
 Node = Callable[[Store, float], Any]
 
 
@@ -77,6 +90,8 @@ def seconds(text: str) -> float:
 
 def evaluate(query: str, store: Store, at_s: float) -> Vector | float:
     """The answer to an instant query."""
+    if len(store.memory) > MOST_REMEMBERED:
+        store.memory.clear()
     return parse(query)(store, at_s)
 
 
@@ -95,7 +110,13 @@ def chosen(by: bool, names: frozenset[str], name: str) -> bool:
     return (name in names) == by
 
 
-def plain(labels: Labels, keep: Callable[[str], bool]) -> Labels:
+def every(name: str) -> bool:
+    """Keeps all labels."""
+    return True
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def plain(labels: Labels, keep: Callable[[str], bool] = every) -> Labels:
     return tuple(pair for pair in labels if keep(pair[0]) and pair[0] != "__name__")
 
 
@@ -151,7 +172,7 @@ class Parser:
 
     def matching(self) -> tuple[Callable[[str], bool]]:
         """By which labels two sides are matched."""
-        keep: Callable[[str], bool] = lambda name: True  # noqa: E731
+        keep: Callable[[str], bool] = every
         if self.peek() in ("on", "ignoring"):
             on, names = self.take() == "on", self.names()
             keep = (lambda name: name in names) if on else (lambda name: name not in names)
@@ -174,10 +195,15 @@ class Parser:
     def unary(self) -> Node:
         if self.peek() == "-":
             self.take()
-            return binary("*", False, lambda store, at_s: -1.0, lambda name: True, self.unary())
+            return binary("*", False, lambda store, at_s: -1.0, every, self.unary())
         return self.primary()
 
     def primary(self) -> Node:
+        first = self.at
+        node = self.part()
+        return remembered(" ".join(token for _, token in self.tokens[first : self.at]), node)
+
+    def part(self) -> Node:
         kind, token = self.tokens[self.at]
         if token == "(":
             self.take()
@@ -248,30 +274,42 @@ class Parser:
             self.take()
             ago_s = seconds(self.take())
         names, others = [one for one in tests if one[0] == "__name__"], [one for one in tests if one[0] != "__name__"]
+        exact = next((value for _, operator, value in names if operator == "="), None)
+        alike = functools.lru_cache(lambda name: all(matches(name, *test[1:]) for test in names))
+
+        def chooses(series: Series) -> bool:
+            answer = series.answers.get(select)
+            if answer is None:
+                answer = all(matches(series.labels.get(label, ""), *test) for label, *test in others)
+                series.answers[select] = answer
+            return answer
 
         def select(store: Store, at_s: float) -> Any:
             at_s -= ago_s
-            found = [
-                series
-                for name, group in store.items()
-                if all(matches(name, *test[1:]) for test in names)
-                for series in group.values()
-                if all(matches(series.labels.get(label, ""), operator, value) for label, operator, value in others)
-            ]
+            groups = [store.get(exact, {})] if exact is not None else [store[name] for name in store if alike(name)]
+            found = [series for group in groups for series in group.values() if chooses(series)]
             if window_s is not None:
-                return [(key_of(one), *one.within(at_s - window_s, at_s), window_s) for one in found]
+                return [(one.key, *one.within(at_s - window_s, at_s), window_s) for one in found]
             samples = []
             for one in found:
                 times, values = one.within(at_s - LOOKBACK_S, at_s)
                 if times and one.ended_s > at_s:
-                    samples.append(Sample(key_of(one), values[-1], times[-1]))
+                    samples.append(Sample(one.key, values[-1], times[-1]))
             return samples
 
         return select
 
 
-def key_of(series: Series) -> Labels:
-    return tuple(sorted(series.labels.items()))
+def remembered(text: str, node: Node) -> Node:
+    """The parts of a query, and of all queries of a tick, have much in common."""
+
+    def ask(store: Store, at_s: float) -> Any:
+        found = store.memory.get((text, at_s))
+        if found is None:
+            found = store.memory[text, at_s] = node(store, at_s)
+        return found
+
+    return ask
 
 
 def matches(text: str, operator: str, value: Any) -> bool:
@@ -331,7 +369,7 @@ def binary(operator: str, as_bool: bool, left: Node, keep: Callable[[str], bool]
         value = compute(operator, a, b)
         if compares and not as_bool:
             return [Sample(labels, kept, at_s)] if value else []
-        return [Sample(plain(labels, lambda name: True), float(value), at_s)]
+        return [Sample(plain(labels), float(value), at_s)]
 
     def both(store: Store, at_s: float) -> Any:
         a, b = left(store, at_s), right(store, at_s)
@@ -387,7 +425,7 @@ def call(name: str, arguments: list[Node]) -> Node:
                 value = rate_of(times, values, window_s, at_s)
                 if value is not None:
                     by = window_s if name == "increase" else 1.0
-                    found.append(Sample(plain(labels, lambda label: True), value * by, at_s))
+                    found.append(Sample(plain(labels), value * by, at_s))
             return found
 
         return rates
@@ -396,7 +434,7 @@ def call(name: str, arguments: list[Node]) -> Node:
 
         def reduced(store: Store, at_s: float) -> Vector:
             return [
-                Sample(labels if keeps else plain(labels, lambda label: True), reduce(values), at_s)
+                Sample(labels if keeps else plain(labels), reduce(values), at_s)
                 for labels, times, values, _ in arguments[0](store, at_s)
                 if values
             ]
@@ -405,9 +443,7 @@ def call(name: str, arguments: list[Node]) -> Node:
     if name in ("histogram_count", "histogram_sum", "histogram_fraction", "histogram_quantile"):
         return lambda store, at_s: []  # no series is a native histogram
     if name == "timestamp":
-        return lambda store, at_s: [
-            Sample(plain(one.labels, lambda label: True), one.time_s, at_s) for one in arguments[0](store, at_s)
-        ]
+        return lambda store, at_s: [Sample(plain(one.labels), one.time_s, at_s) for one in arguments[0](store, at_s)]
     if name == "time":
         return lambda store, at_s: at_s
     if name in ("clamp_min", "clamp_max"):

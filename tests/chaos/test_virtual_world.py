@@ -9,7 +9,7 @@ import pytest
 from autoscaler.authority.heartbeat import Heartbeat
 from autoscaler.records.decisions import Records
 from policies.contract import Decision
-from tests.chaos.promql import UnknownPromQLError, evaluate, rate_of
+from tests.chaos.promql import Store, UnknownPromQLError, evaluate, rate_of
 from tests.chaos.schedule import Event, Schedule
 from tests.chaos.virtual_world import VirtualWorld
 
@@ -93,4 +93,4 @@ def test_rates_are_extrapolated_as_prometheus_does() -> None:
     assert rate_of(times, values, 15.0, 15.0) == pytest.approx(10.0)  # both ends lie within a scrape of the window's
     assert rate_of([7.0, 12.0], [190.0, 10.0], 15.0, 12.0) == pytest.approx((10.0 / 5.0) * 7.5 / 15.0)  # a reset
     assert rate_of([7.0], [1.0], 15.0, 12.0) is None
-    assert evaluate("1 + 2 * 3", {}, 0.0) == 7.0
+    assert evaluate("1 + 2 * 3", Store(), 0.0) == 7.0
