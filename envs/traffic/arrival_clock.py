@@ -6,9 +6,27 @@ This module must not know where the times were read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from envs.traffic.trace import FloatArray, TraceError
+
+Unit = Literal["s", "ms", "us", "ns"]
+UNITS_S: dict[Unit, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+"""Seconds of each unit that arrivals may be in."""
+ENDINGS: dict[Unit, str] = {
+    "s": "s|sec|secs|seconds",
+    "ms": "ms|msec|millis|milliseconds",
+    "us": "us|usec|micros|microseconds",
+    "ns": "ns|nsec|nanos|nanoseconds",
+}
+"""What the name of a column ends in that says its unit."""
+FEWEST = 100
+"""Requests by which a rate can be judged."""
+WHOLE_RPS, ANY_RPS = 1.0, 0.05
+"""Requests per second below which arrivals in seconds are doubted: whole numbers, and any."""
 
 LATEST_S = 1e8
 """Seconds from the start of a trace, or Unix seconds: three years, or March 1973."""
@@ -49,6 +67,39 @@ def clock_of(arrivals: FloatArray) -> Clock | None:
             "clock and in one unit"
         )
     return CLOCKS[first] if first >= 0 else None
+
+
+def unit_named(column: str) -> Unit | None:
+    """The unit that the name of a column says.
+
+    >>> [unit_named(name) for name in ("arrival_s", "Time (ms)", "start.us", "timestamp", "items")]
+    ['s', 'ms', 'us', None, None]
+    """
+    words = re.split(r"[^a-z]+", column.strip().lower().rstrip(")]"))
+    if len(words) < 2:
+        return None
+    return next((unit for unit, endings in ENDINGS.items() if words[-1] in endings.split("|")), None)
+
+
+def doubt_seconds(arrivals: FloatArray) -> str:
+    """Why times from a start may not be seconds, in words; empty where nothing speaks against it.
+
+    Whole milliseconds, read as seconds, are a thousand times too slow, and one replica then suffices for anything.
+
+    Args:
+        arrivals: (requests,) finite numbers in any order, from a start.
+    """
+    span = float(np.ptp(arrivals)) if len(arrivals) >= FEWEST else 0.0
+    if span <= 0.0:
+        return ""
+    rps = (len(arrivals) - 1) / span
+    whole = bool((arrivals == np.floor(arrivals)).all())
+    if rps >= (WHOLE_RPS if whole else ANY_RPS):
+        return ""
+    return (
+        f"{rps:.3g} requests/s over {span / 3600.0:,.3g} h if these are seconds, {1e3 * rps:.3g} requests/s over "
+        f"{span / 60e3:,.3g} min if they are milliseconds"
+    )
 
 
 def _place(value: float) -> int:

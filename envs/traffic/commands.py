@@ -108,6 +108,9 @@ def import_(
         str | None,
         typer.Option("--map", help="Columns of other CSV and JSONL files: arrival_s=ts,prompt_tokens=in,..."),
     ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Unit of times from a start in other CSV and JSONL files: s, ms, us or ns.")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave bad rows out and count them, instead of stopping.")] = False,
     seed: Seed = 0,
     force: Force = False,
@@ -115,12 +118,16 @@ def import_(
     max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes that are read, unpacked.")] = 16 * 2**30,
 ) -> None:
     """Turn a request log into a canonical Parquet trace."""
+    from envs.traffic.arrival_clock import UNITS_S
     from envs.traffic.formats import import_trace
     from envs.traffic.trace_files import TraceLimits
 
+    known = next((one for one in UNITS_S if one == unit), None)
+    if unit is not None and known is None:
+        raise typer.BadParameter(f"expected one of {', '.join(UNITS_S)}, got {unit!r}", param_hint="--unit")
     _check_output(out, force)
     limits = TraceLimits(max_rows, max_bytes)
-    result = import_trace(source, _parse_map(column_map), skip_bad=skip_bad, seed=seed, limits=limits)
+    result = import_trace(source, _parse_map(column_map), skip_bad=skip_bad, seed=seed, limits=limits, unit=known)
     _write(result.trace, out)
     typer.echo(f"read {result.rows_read:,} rows as {result.format}, skipped {result.rows_skipped:,}", err=True)
     for note in result.notes:

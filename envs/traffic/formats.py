@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
-from envs.traffic.arrival_clock import clock_of
+from envs.traffic.arrival_clock import Unit, clock_of
 from envs.traffic.request_rows import COLUMNS, SORTED_NOTE, ImportResult, RowReader
 from envs.traffic.trace import TraceError
 from envs.traffic.trace_files import TraceLimits, arrivals_of, read_table, trace_from_table
@@ -36,7 +36,9 @@ class LogFormat:
         marks: further columns by which the log is recognised.
         optional: columns of a trace that only some of its files have.
         failed_output_tokens: a request with this many output tokens has failed and is left out; None for none.
-        reads_blocks: whether ``hash_ids`` name the blocks of a prompt; only JSONL can hold them.
+        unit: of arrivals from a start; None where nobody has said it.
+        block_tokens: tokens of each block that ``hash_ids`` names, which only JSONL can hold; None for none.
+        parent: the column that names the request before this one in its conversation, as ``session_id`` names it.
         tick_s: grid on which arrivals may have been rounded, seconds; they are spread over it then.
     """
 
@@ -44,7 +46,9 @@ class LogFormat:
     marks: tuple[str, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     failed_output_tokens: int | None = None
-    reads_blocks: bool = False
+    unit: Unit | None = "s"
+    block_tokens: int | None = None
+    parent: str = ""
     tick_s: float | None = None
 
     def found_in(self, names: set[str]) -> bool:
@@ -67,15 +71,28 @@ FORMATS: dict[str, LogFormat] = {
         optional={"session_id": "Session ID"},
         failed_output_tokens=0,
     ),
+    # Alibaba's traces of Bailian have Mooncake's names, in seconds and with small blocks.
+    "bailian": LogFormat(
+        {
+            "arrival_s": "timestamp",
+            "prompt_tokens": "input_length",
+            "output_tokens": "output_length",
+            "session_id": "chat_id",
+        },
+        marks=("hash_ids", "parent_chat_id"),
+        block_tokens=16,
+        parent="parent_chat_id",
+    ),
     "mooncake": LogFormat(
         {"arrival_s": "timestamp", "prompt_tokens": "input_length", "output_tokens": "output_length"},
         marks=("hash_ids",),
-        reads_blocks=True,
+        unit="ms",
+        block_tokens=512,
         tick_s=3.0,
     ),
 }
 """Logs of other projects, by the name of the format; the first that fits is taken."""
-PLAIN = LogFormat({})
+PLAIN = LogFormat({}, unit=None)
 """Logs with a column map, or with the names of a trace."""
 LONGEST_LINE = 16 * 2**20
 
@@ -86,6 +103,7 @@ def import_trace(
     skip_bad: bool = False,
     seed: int = 0,
     limits: TraceLimits | None = None,
+    unit: Unit | None = None,
 ) -> ImportResult:
     """Read a request log of any known format.
 
@@ -98,6 +116,7 @@ def import_trace(
         skip_bad: leave bad rows out and count them, instead of stopping at the first.
         seed: seeds the spreading of Mooncake's 3-s ticks.
         limits: how much of the file is read before it is refused.
+        unit: of arrivals from a start, where the log does not say it; it is asked for where seconds are unlikely.
 
     Raises:
         TraceError: with file, line, field and what was expected.
@@ -115,19 +134,23 @@ def import_trace(
         with path.open("rb") as file:
             head = file.read(4)
         if head == b"PAR1":
-            return _import_parquet(path, column_map, limits)
+            return _import_parquet(path, column_map, limits, unit)
         raw: Any = gzip.open(path, "rb") if head[:2] == b"\x1f\x8b" else path.open("rb")  # noqa: SIM115
         with raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-            return _import_text(path, text, column_map, skip_bad, seed, limits)
+            return _import_text(path, text, column_map, skip_bad, seed, limits, unit)
     except UnicodeDecodeError:
         raise TraceError(f"{path}: expected Parquet, or CSV or JSONL as UTF-8 text; this is neither") from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from None
 
 
-def _import_parquet(path: Path, column_map: Mapping[str, str] | None, limits: TraceLimits) -> ImportResult:
+def _import_parquet(
+    path: Path, column_map: Mapping[str, str] | None, limits: TraceLimits, unit: Unit | None
+) -> ImportResult:
     if column_map is not None:
         raise TraceError(f"{path}: a column map applies to CSV and JSONL, but this is Parquet; rename its columns")
+    if unit not in (None, "s"):
+        raise TraceError(f"{path}: a unit applies to CSV and JSONL; arrival_s of a Parquet file is in seconds")
     table, where = read_table(path, limits, "think_time_s"), str(path)
     notes = []
     if "arrival_s" in table.column_names:
@@ -153,7 +176,13 @@ def _import_parquet(path: Path, column_map: Mapping[str, str] | None, limits: Tr
 
 
 def _import_text(
-    path: Path, text: TextIO, column_map: Mapping[str, str] | None, skip_bad: bool, seed: int, limits: TraceLimits
+    path: Path,
+    text: TextIO,
+    column_map: Mapping[str, str] | None,
+    skip_bad: bool,
+    seed: int,
+    limits: TraceLimits,
+    unit: Unit | None,
 ) -> ImportResult:
     first = next((line for line in _lines(path, text, limits) if line.strip()), None)
     if first is None:
@@ -166,8 +195,7 @@ def _import_text(
         except ValueError:
             raise TraceError(f"{path}: line 1: expected a JSON object per line") from None
         kind, columns = _recognise(path, names, column_map, "jsonl")
-        reader = _reader(path, kind, columns, columns, skip_bad, limits)
-        reader.reads_blocks = FORMATS.get(kind, PLAIN).reads_blocks
+        reader = _reader(path, kind, columns, columns, skip_bad, limits, unit)
         reader.read(_json_records(lines))
     else:
         # Semicolons and tabs separate what spreadsheets export in half of the world.
@@ -176,7 +204,7 @@ def _import_text(
         header = [name.strip() for name in next(row for row in rows if row)]
         kind, columns = _recognise(path, set(header), column_map, "csv")
         places = {name: header.index(column) for name, column in columns.items()}
-        reader = _reader(path, kind, columns, places, skip_bad, limits)
+        reader = _reader(path, kind, columns, places, skip_bad, limits, unit)
         reader.read(_csv_records(rows, len(header)))
     return reader.result(kind, seed)
 
@@ -188,10 +216,14 @@ def _reader(
     places: Mapping[str, int | str],
     skip_bad: bool,
     limits: TraceLimits,
+    unit: Unit | None,
 ) -> RowReader:
     log = FORMATS.get(kind, PLAIN)
+    if unit not in (None, log.unit) and log is not PLAIN:
+        raise TraceError(f"{path}: the times of {kind} are in {log.unit}, not in {unit}")
     reader = RowReader(path, columns, places, skip_bad, limits.rows)
-    reader.failed_output_tokens, reader.tick_s = log.failed_output_tokens, log.tick_s
+    reader.failed_output_tokens, reader.tick_s, reader.unit = log.failed_output_tokens, log.tick_s, unit or log.unit
+    reader.block_tokens, reader.parent = log.block_tokens, log.parent
     return reader
 
 

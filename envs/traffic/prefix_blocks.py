@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOONCAKE_BLOCK_TOKENS = 512
 # A block used more often than this is a shared system prompt rather than the history of one conversation.
 _SESSION_BLOCK_USES = 40
 
 
-def prefix_hits(blocks: list[list[Any]], block_tokens: int = MOONCAKE_BLOCK_TOKENS) -> NDArray[np.int64]:
+def prefix_hits(blocks: list[list[Any]], block_tokens: int) -> NDArray[np.int64]:
     """Tokens in leading blocks seen in an earlier request, shape ``(requests,)``: an unbounded shared cache."""
     seen: set[Any] = set()
     hits = np.zeros(len(blocks), np.int64)

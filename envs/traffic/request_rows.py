@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.traffic.arrival_clock import clock_of
+from envs.traffic.arrival_clock import UNITS_S, Unit, clock_of, doubt_seconds, unit_named
 from envs.traffic.prefix_blocks import block_sessions, prefix_hits
 from envs.traffic.scaling import spread_ticks
 from envs.traffic.trace import Trace, TraceError
@@ -34,7 +34,8 @@ class ImportResult:
 
     Attributes:
         trace: the requests.
-        format: the format recognised: ``canonical``, ``azure``, ``burstgpt``, ``mooncake``, ``csv`` or ``jsonl``.
+        format: the format recognised: ``canonical``, ``azure``, ``burstgpt``, ``bailian``, ``mooncake``, ``csv`` or
+            ``jsonl``.
         rows_read: data rows in the file.
         rows_skipped: rows that are not in the trace: failed requests of BurstGPT, and bad rows with ``skip_bad``.
         first_errors: the first few bad rows, one sentence each.
@@ -66,8 +67,10 @@ class RowReader:
         self.skip_bad = skip_bad
         self.max_rows = max_rows
         self.failed_output_tokens: int | None = None
-        self.reads_blocks = False
+        self.block_tokens: int | None = None
+        self.parent = ""
         self.tick_s: float | None = None
+        self.unit: Unit | None = None
         self.rows_read = 0
         self.rows_bad = 0
         self.rows_failed = 0
@@ -78,6 +81,7 @@ class RowReader:
         self.labels: dict[str, dict[str, int]] = {name: {} for name in self.codes}
         self.blocks: list[list[Any]] = []
         self.block_count = 0
+        self._first_of: dict[str, str] = {}  # the first request of each one's conversation
         self._parse_time: Callable[[Any], float] | None = None
 
     def read(self, records: Iterator[tuple[int, Any]]) -> None:
@@ -120,10 +124,19 @@ class RowReader:
         notes: list[str] = []
         arrival_s = np.array(self.numbers["arrival_s"], np.float64)
         if self._parse_time is _seconds:
+            column = self.columns["arrival_s"]
+            unit = self.unit or unit_named(column)
+            arrival_s *= UNITS_S[unit or "s"]
+            if self.unit is None and unit not in (None, "s"):
+                notes.append(f"arrivals were read as {unit}, as the name {column!r} says")
+            field = f"{self.path}: field {column!r}"
             try:
                 clock = clock_of(arrival_s)
             except TraceError as error:
-                raise TraceError(f"{self.path}: field {self.columns['arrival_s']!r}: {error}") from None
+                raise TraceError(f"{field}: {error}") from None
+            doubt = doubt_seconds(arrival_s) if clock is None and unit is None else ""
+            if doubt:
+                raise TraceError(f"{field}: {doubt}; say which to `jevons trace import`: --unit s or --unit ms")
             if clock is not None:
                 arrival_s = (arrival_s - arrival_s.min()) * clock.seconds
                 if clock.seconds < 1.0:
@@ -140,10 +153,10 @@ class RowReader:
             columns[name], known = _renumbered(np.array(codes, np.int32)[order], tuple(self.labels[name]))
             if name != "session_id":
                 columns[f"{name}s"] = known
-        if self.blocks:
+        if self.blocks and self.block_tokens:
             blocks = [self.blocks[row] for row in order]
-            columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks), columns["prompt_tokens"])
-            columns["session_id"] = block_sessions(blocks)
+            columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks, self.block_tokens), columns["prompt_tokens"])
+            columns.setdefault("session_id", block_sessions(blocks))
         trace = Trace.from_arrays(arrival_s[order] - arrival_s[order[0]], **columns, name=self.path.stem)
         if self.tick_s is not None and kept > 1:
             ticks = np.round(trace.arrival_s / self.tick_s) * self.tick_s
@@ -180,11 +193,14 @@ class RowReader:
                 f"field {self.columns['prefix_hit_tokens']!r}: expected at most the prompt's "
                 f"{row['prompt_tokens']} tokens, got {row['prefix_hit_tokens']}"
             )
-        if self.reads_blocks:
+        if self.parent:
+            before = _label(record.get(self.parent))
+            own = row["session_id"]
+            row["session_id"] = self._first_of[own] = self._first_of.get(before, own)
+        if self.block_tokens:
             ids = record.get("hash_ids")
             if not isinstance(ids, list) or not all(isinstance(block, int | str) for block in ids):
                 raise ValueError(f"field 'hash_ids': expected a list of block ids, got {ids!r:.60}")
-            row["arrival_s"] /= 1000.0
             self.blocks.append(ids)
             self.block_count += len(ids)
         for name, value in row.items():

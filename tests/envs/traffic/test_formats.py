@@ -94,6 +94,52 @@ def test_mooncake_arrivals_off_the_ticks_stay_as_they_are(file):
     assert import_trace(file(lines(records))).trace.arrival_s.tolist() == [0.0, 27.482]
 
 
+def test_bailian_has_the_names_of_mooncake_in_seconds_with_small_blocks_and_says_its_conversations(file):
+    shape = {"input_length": 40, "output_length": 5, "type": "text"}
+    records = [
+        {"chat_id": 7, "parent_chat_id": -1, "timestamp": 61.5, "turn": 1, "hash_ids": [1, 2, 3]} | shape,
+        {"chat_id": 8, "parent_chat_id": -1, "timestamp": 62.0, "turn": 1, "hash_ids": [1, 9, 10]} | shape,
+        {"chat_id": 9, "parent_chat_id": 7, "timestamp": 90.0, "turn": 2, "hash_ids": [1, 2, 3, 4]} | shape,
+        {"chat_id": 10, "parent_chat_id": 9, "timestamp": 99.0, "turn": 3, "hash_ids": [5]} | shape,
+        {"chat_id": 11, "parent_chat_id": 3, "timestamp": 99.5, "turn": 2, "hash_ids": [6]} | shape,
+    ]
+    result = import_trace(file(lines(records)))
+    assert result.format == "bailian"
+    assert result.trace.arrival_s.tolist() == [0.0, 0.5, 28.5, 37.5, 38.0]
+    assert result.trace.prefix_hit_tokens.tolist() == [0, 16, 40, 0, 0]
+    assert result.trace.session_id.tolist() == [0, 1, 0, 0, 2]
+    with pytest.raises(TraceError, match="the times of bailian are in s, not in ms"):
+        import_trace(file(lines(records)), unit="ms")
+
+
+def every_50(column: str, step: float) -> str:
+    """Twenty requests a second, whose times are in some unit."""
+    rows = "".join(f"{50 * step * row:.15g},5,6\n" for row in range(200))
+    return f"{column},in,out\n{rows}"
+
+
+@pytest.mark.parametrize(("unit", "step"), [("s", 1e-3), ("ms", 1.0), ("us", 1e3), ("ns", 1e6)])
+def test_arrivals_from_a_start_are_in_the_unit_that_is_said_or_that_their_name_says(file, unit, step):
+    said = import_trace(file(every_50("when", step)), MAP, unit=unit)
+    named = import_trace(file(every_50(f"when_{unit}", step)), MAP | {"arrival_s": f"when_{unit}"})
+    for result in (said, named):
+        assert result.trace.arrival_s[-1] == pytest.approx(0.05 * 199)
+    assert named.notes == (() if unit == "s" else (f"arrivals were read as {unit}, as the name 'when_{unit}' says",))
+
+
+def test_whole_numbers_that_would_be_a_thousand_times_too_slow_are_asked_for(file):
+    path = file(every_50("when", 1.0))
+    with pytest.raises(TraceError) as error:
+        import_trace(path, MAP)
+    assert str(error.value) == (
+        f"{path}: field 'when': 0.02 requests/s over 2.76 h if these are seconds, 20 requests/s over 0.166 min if they "
+        "are milliseconds; say which to `jevons trace import`: --unit s or --unit ms"
+    )
+    assert import_trace(path, MAP, unit="s").trace.arrival_s[-1] == 50.0 * 199
+    fast = "".join(f"{row // 3},5,6\n" for row in range(200))
+    assert import_trace(file(HEADER + fast), MAP).trace.arrival_s[-1] == 66.0
+
+
 def test_a_block_used_by_many_requests_does_not_join_sessions():
     blocks = [[0, 10 + row] for row in range(41)] + [[0, 10, 99]]
     assert block_sessions(blocks).tolist() == [*range(41), 0]
@@ -106,7 +152,7 @@ def test_prefix_hits_count_leading_blocks_seen_before(blocks):
         seen = {block for earlier in blocks[:row] for block in earlier}
         leading = next((at for at, block in enumerate(ids) if block not in seen), len(ids))
         expected.append(512 * leading)
-    assert prefix_hits(blocks).tolist() == expected
+    assert prefix_hits(blocks, 512).tolist() == expected
 
 
 def test_other_csv_is_read_through_a_column_map(file):
