@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from envs.traffic.trace import FloatArray, TraceError
+from policies.contract import Bools
 
 Unit = Literal["s", "ms", "us", "ns"]
 UNITS_S: dict[Unit, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -25,6 +26,7 @@ ENDINGS: dict[Unit, str] = {
 """What the name of a column ends in that says its unit."""
 FEWEST = 100
 """Requests by which a rate can be judged."""
+STRAY_GAP_S, STRAY_FACTOR, STRAY_SHARE = 30 * 86_400.0, 10.0, 0.01
 WHOLE_RPS, ANY_RPS = 1.0, 0.05
 """Requests per second below which arrivals in seconds are doubted: whole numbers, and any."""
 
@@ -100,6 +102,30 @@ def doubt_seconds(arrivals: FloatArray) -> str:
         f"{rps:.3g} requests/s over {span / 3600.0:,.3g} h if these are seconds, {1e3 * rps:.3g} requests/s over "
         f"{span / 60e3:,.3g} min if they are milliseconds"
     )
+
+
+def stray(arrivals: FloatArray) -> Bools:
+    """(requests,) which requests lie so far from all others that their time is none: a row of 1970 in a log of today.
+
+    They are the few beyond a gap of more than a month that is ten times as long as what lies on either side of it.
+
+    Args:
+        arrivals: (requests,) seconds, in any order.
+    """
+    order = np.argsort(arrivals, kind="stable")
+    strays = np.zeros(len(arrivals), bool)
+    low, high = 0, len(arrivals)
+    while high - low > 2:
+        kept = arrivals[order[low:high]]
+        gaps = np.diff(kept)
+        cut = int(gaps.argmax()) + 1
+        longest_s = max(float(kept[cut - 1] - kept[0]), float(kept[-1] - kept[cut]))
+        few = min(cut, len(kept) - cut)
+        if gaps[cut - 1] <= max(STRAY_GAP_S, STRAY_FACTOR * longest_s) or few > max(1, STRAY_SHARE * len(kept)):
+            break
+        low, high = (low + cut, high) if cut == few else (low, low + cut)
+    strays[order[:low]] = strays[order[high:]] = True
+    return strays
 
 
 def _place(value: float) -> int:

@@ -17,6 +17,7 @@ import typer
 from policies.atomic_files import write_text
 
 if TYPE_CHECKING:
+    from envs.traffic.arrival_clock import Unit
     from envs.traffic.trace import Trace
 
 app = typer.Typer(help="Look at, import, generate and rescale request traces.", no_args_is_help=True)
@@ -29,14 +30,21 @@ P = ParamSpec("P")
 Source = Annotated[Path, typer.Argument(help="Trace file; any format that `import` reads, recognised by content.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+ColumnMap = Annotated[
+    str | None,
+    typer.Option("--map", help="Columns of other CSV and JSONL files: arrival_s=ts,prompt_tokens=in,..."),
+]
+UnitName = Annotated[
+    str | None, typer.Option("--unit", help="Unit of times from a start in other CSV and JSONL files: s, ms, us or ns.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same result.")]
 
 
-def _parse_duration(text: str) -> float:
-    """Seconds of a duration such as ``90``, ``30m`` or ``1h30m``."""
+def _parse_duration(text: str, option: str) -> float:
+    """Seconds of an option's duration such as ``90``, ``30m`` or ``1h30m``."""
     compact = text.strip().lower()
     if not re.fullmatch(rf"(?:{_DURATION.pattern}\s*)+", compact):
-        raise typer.BadParameter(f"expected a duration {_DURATION_HELP}, got {text!r}")
+        raise typer.BadParameter(f"expected a duration {_DURATION_HELP}, got {text!r}", param_hint=option)
     return sum(float(number) * _UNITS_S[unit] for number, unit in _DURATION.findall(compact))
 
 
@@ -64,14 +72,17 @@ def _plain_errors(command: Callable[P, None]) -> Callable[P, None]:
 @app.command()
 @_plain_errors
 def info(
-    source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    source: Source,
+    column_map: ColumnMap = None,
+    unit: UnitName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print a trace's size, rate, burstiness and token counts."""
     from dataclasses import asdict
 
     from envs.traffic.summary import summarize
 
-    summary = summarize(_read(source))
+    summary = summarize(_read(source, column_map, unit))
     if as_json:
         typer.echo(json.dumps(_finite(asdict(summary)), indent=2))
         return
@@ -104,13 +115,8 @@ def info(
 def import_(
     source: Annotated[Path, typer.Argument(help="Request log: Parquet, CSV or JSONL, gzip-compressed or not.")],
     out: Out,
-    column_map: Annotated[
-        str | None,
-        typer.Option("--map", help="Columns of other CSV and JSONL files: arrival_s=ts,prompt_tokens=in,..."),
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="Unit of times from a start in other CSV and JSONL files: s, ms, us or ns.")
-    ] = None,
+    column_map: ColumnMap = None,
+    unit: UnitName = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave bad rows out and count them, instead of stopping.")] = False,
     seed: Seed = 0,
     force: Force = False,
@@ -118,15 +124,11 @@ def import_(
     max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes that are read, unpacked.")] = 16 * 2**30,
 ) -> None:
     """Turn a request log into a canonical Parquet trace."""
-    from envs.traffic.arrival_clock import UNITS_S
     from envs.traffic.formats import import_trace
     from envs.traffic.trace_files import TraceLimits
 
-    known = next((one for one in UNITS_S if one == unit), None)
-    if unit is not None and known is None:
-        raise typer.BadParameter(f"expected one of {', '.join(UNITS_S)}, got {unit!r}", param_hint="--unit")
-    _check_output(out, force)
-    limits = TraceLimits(max_rows, max_bytes)
+    _check_output(out, force, source)
+    limits, known = TraceLimits(max_rows, max_bytes), _parse_unit(unit)
     result = import_trace(source, _parse_map(column_map), skip_bad=skip_bad, seed=seed, limits=limits, unit=known)
     _write(result.trace, out)
     typer.echo(f"read {result.rows_read:,} rows as {result.format}, skipped {result.rows_skipped:,}", err=True)
@@ -163,7 +165,7 @@ def generate(
         raise ConfigError(f"{config}: expected a mapping of fields")
     options = {
         "profile": profile,
-        "duration_s": None if duration is None else _parse_duration(duration),
+        "duration_s": None if duration is None else _parse_duration(duration, "--duration"),
         "mean_rps": rps,
     }
     data |= {field: value for field, value in options.items() if value is not None}
@@ -181,8 +183,9 @@ def slice_(
     force: Force = False,
 ) -> None:
     """Cut a time range out of a trace."""
-    _check_output(out, force)
-    start_s, end_s = _parse_duration(start), float("inf") if end is None else _parse_duration(end)
+    _check_output(out, force, source)
+    start_s = _parse_duration(start, "--start")
+    end_s = float("inf") if end is None else _parse_duration(end, "--end")
     _write(_read(source).slice(start_s, end_s), out)
 
 
@@ -199,7 +202,7 @@ def scale(
     """Change a trace's mean rate without stretching its bursts."""
     from envs.traffic.scaling import scale as scale_trace
 
-    _check_output(out, force)
+    _check_output(out, force, source)
     if (factor is None) == (rps is None):
         raise typer.BadParameter("expected either --factor or --rps")
     trace = _read(source)
@@ -224,8 +227,8 @@ def plot(
     from envs.traffic.plot import plot_html
     from envs.traffic.trace import TraceError
 
-    _check_output(out, force)
-    html = plot_html(_read(source), None if window is None else _parse_duration(window))
+    _check_output(out, force, source)
+    html = plot_html(_read(source), None if window is None else _parse_duration(window, "--window"))
     try:
         write_text(out, html)
     except OSError as error:
@@ -233,10 +236,10 @@ def plot(
     typer.echo(f"wrote {out}", err=True)
 
 
-def _read(source: Path) -> Trace:
+def _read(source: Path, column_map: str | None = None, unit: str | None = None) -> Trace:
     from envs.traffic.formats import import_trace
 
-    result = import_trace(source)
+    result = import_trace(source, _parse_map(column_map), unit=_parse_unit(unit))
     for note in result.notes:
         typer.echo(f"note: {source}: {note}", err=True)
     return result.trace
@@ -249,10 +252,12 @@ def _write(trace: Trace, out: Path) -> None:
     typer.echo(f"wrote {out}: {len(trace):,} requests in {trace.duration_s / 3600:,.2f} h, {trace.mean_rps:,.3f} req/s")
 
 
-def _check_output(out: Path, force: bool) -> None:
+def _check_output(out: Path, force: bool, source: Path | None = None) -> None:
     """Refuse before any work is done."""
     from envs.traffic.trace import TraceError
 
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise TraceError(f"{out}: is the source; choose another name")
     if out.exists() and not force:
         raise TraceError(f"{out}: exists already; choose another name or pass --force")
     if not out.parent.is_dir():
@@ -267,6 +272,15 @@ def _parse_map(text: str | None) -> dict[str, str] | None:
         if not (field.strip() and equals and column.strip()):
             raise typer.BadParameter(f"expected --map field=column,field=column, got {text!r}")
     return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def _parse_unit(text: str | None) -> Unit | None:
+    from envs.traffic.arrival_clock import UNITS_S
+
+    unit = next((one for one in UNITS_S if one == text), None)
+    if text is not None and unit is None:
+        raise typer.BadParameter(f"expected one of {', '.join(UNITS_S)}, got {text!r}", param_hint="--unit")
+    return unit
 
 
 def _finite(value: Any) -> Any:

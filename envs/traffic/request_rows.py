@@ -9,14 +9,14 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.traffic.arrival_clock import UNITS_S, Unit, clock_of, doubt_seconds, unit_named
+from envs.traffic.arrival_clock import UNITS_S, Unit, clock_of, doubt_seconds, stray, unit_named
 from envs.traffic.prefix_blocks import block_sessions, prefix_hits
 from envs.traffic.scaling import spread_ticks
 from envs.traffic.trace import Trace, TraceError
@@ -122,27 +122,10 @@ class RowReader:
             reason = f"; the first: {self.first_errors[0]}" if self.first_errors else ""
             raise TraceError(f"{self.path}: none of {self.rows_read} rows is a request{reason}")
         notes: list[str] = []
-        arrival_s = np.array(self.numbers["arrival_s"], np.float64)
-        if self._parse_time is _seconds:
-            column = self.columns["arrival_s"]
-            unit = self.unit or unit_named(column)
-            arrival_s *= UNITS_S[unit or "s"]
-            if self.unit is None and unit not in (None, "s"):
-                notes.append(f"arrivals were read as {unit}, as the name {column!r} says")
-            field = f"{self.path}: field {column!r}"
-            try:
-                clock = clock_of(arrival_s)
-            except TraceError as error:
-                raise TraceError(f"{field}: {error}") from None
-            doubt = doubt_seconds(arrival_s) if clock is None and unit is None else ""
-            if doubt:
-                raise TraceError(f"{field}: {doubt}; say which to `jevons trace import`: --unit s or --unit ms")
-            if clock is not None:
-                arrival_s = (arrival_s - arrival_s.min()) * clock.seconds
-                if clock.seconds < 1.0:
-                    notes.append(clock.note)
-        order = np.argsort(arrival_s, kind="stable")
-        if (np.diff(arrival_s) < 0).any():
+        arrival_s, rows = self._arrivals(notes)
+        by_time = np.argsort(arrival_s, kind="stable")
+        arrival_s, order = arrival_s[by_time], rows[by_time]
+        if (np.diff(order) < 0).any():
             notes.append(SORTED_NOTE)
         if self.rows_failed:
             notes.append(f"{self.rows_failed} rows without response tokens are failed requests and were left out")
@@ -157,8 +140,8 @@ class RowReader:
             blocks = [self.blocks[row] for row in order]
             columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks, self.block_tokens), columns["prompt_tokens"])
             columns.setdefault("session_id", block_sessions(blocks))
-        trace = Trace.from_arrays(arrival_s[order] - arrival_s[order[0]], **columns, name=self.path.stem)
-        if self.tick_s is not None and kept > 1:
+        trace = Trace.from_arrays(arrival_s - arrival_s[0], **columns, name=self.path.stem)
+        if self.tick_s is not None and len(trace) > 1:
             ticks = np.round(trace.arrival_s / self.tick_s) * self.tick_s
             if (np.abs(trace.arrival_s - ticks) <= 0.002).all():
                 trace = spread_ticks(trace, seed, self.tick_s)
@@ -166,6 +149,55 @@ class RowReader:
         return ImportResult(
             trace, kind, self.rows_read, self.rows_bad + self.rows_failed, tuple(self.first_errors), tuple(notes)
         )
+
+    def _arrivals(self, notes: list[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Seconds on one clock, and the rows that have them: all but those whose time is none, if these may be skipped.
+
+        Raises:
+            TraceError: where clock or unit cannot be told, or a time is none.
+        """
+        column = self.columns["arrival_s"]
+        field = f"{self.path}: field {column!r}"
+        arrival_s = np.array(self.numbers["arrival_s"], np.float64)
+        if self._parse_time is not _seconds:
+            rows = self._within_reach(field, arrival_s, _iso_time)
+            return arrival_s[rows], rows
+        unit = self.unit or unit_named(column)
+        arrival_s *= UNITS_S[unit or "s"]
+        typical = clock_of(np.median(arrival_s, keepdims=True))
+        rows = self._within_reach(field, arrival_s * (typical.seconds if typical else 1.0), "{:.12g} s".format)
+        arrival_s = arrival_s[rows]
+        try:
+            clock = clock_of(arrival_s)
+        except TraceError as error:
+            raise TraceError(f"{field}: {error}") from None
+        doubt = doubt_seconds(arrival_s) if clock is None and unit is None else ""
+        if doubt:
+            raise TraceError(f"{field}: {doubt}; say which to `jevons trace import`: --unit s or --unit ms")
+        if self.unit is None and unit not in (None, "s"):
+            notes.append(f"arrivals were read as {unit}, as the name {column!r} says")
+        if clock is not None:
+            arrival_s = (arrival_s - arrival_s.min()) * clock.seconds
+            if clock.seconds < 1.0:
+                notes.append(clock.note)
+        return arrival_s, rows
+
+    def _within_reach(
+        self, field: str, arrival_s: NDArray[np.float64], shown: Callable[[float], str]
+    ) -> NDArray[np.int64]:
+        """The rows whose time is near the others'; the rest are bad ones."""
+        strays = stray(arrival_s)
+        if strays.any():
+            first = float(arrival_s[strays][0])
+            sentence = (
+                f"{field}: {int(strays.sum())} of {len(strays)} times lie more than a month from all others, the first "
+                f"is {shown(first)}"
+            )
+            if not self.skip_bad:
+                raise TraceError(f"{sentence}; --skip-bad leaves them out")
+            self.rows_bad += int(strays.sum())
+            self.first_errors = [*self.first_errors, sentence][:_ERRORS_KEPT]
+        return np.flatnonzero(~strays)
 
     def _add(self, record: Any) -> None:
         row: dict[str, Any] = {}
@@ -241,6 +273,10 @@ def _iso_seconds(value: Any) -> float:
         return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH).total_seconds()
     except (ValueError, OverflowError):
         raise ValueError(f"expected seconds or an ISO 8601 time, got {value!r:.60}") from None
+
+
+def _iso_time(seconds: float) -> str:
+    return (_EPOCH + timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
 def _whole(value: Any, at_least: int) -> int:

@@ -140,6 +140,33 @@ def test_whole_numbers_that_would_be_a_thousand_times_too_slow_are_asked_for(fil
     assert import_trace(file(HEADER + fast), MAP).trace.arrival_s[-1] == 66.0
 
 
+@pytest.mark.parametrize(
+    ("odd", "usual", "shown"),
+    [
+        ("1970-01-01T00:00:00Z", "2026-05-01T00:{:02}:00Z", "1970-01-01T00:00:00+00:00"),
+        ("2262-01-01T00:00:00Z", "2026-05-01T00:{:02}:00Z", "2262-01-01T00:00:00+00:00"),
+        ("0", "17778900{:02}", "0 s"),
+        ("0", "17778900{:02}000", "0 s"),
+        ("1e15", "{}.5", "1e+15 s"),
+    ],
+)
+def test_a_time_far_from_all_others_is_named_and_can_be_left_out(file, odd, usual, shown):
+    rows = [f"{usual.format(row)},5,6\n" for row in range(40)]
+    path = file(HEADER + "".join([*rows[:7], f"{odd},7,8\n", *rows[7:]]))
+    with pytest.raises(TraceError) as error:
+        import_trace(path, MAP)
+    sentence = f"{path}: field 'when': 1 of 41 times lie more than a month from all others, the first is {shown}"
+    assert str(error.value) == f"{sentence}; --skip-bad leaves them out"
+    result = import_trace(path, MAP, skip_bad=True)
+    assert (len(result.trace), result.rows_skipped, result.first_errors) == (40, 1, (sentence,))
+    assert result.trace.digest() == import_trace(file(HEADER + "".join(rows)), MAP).trace.digest()
+
+
+def test_a_pause_of_months_in_a_log_is_no_stray_time(file):
+    rows = [f"2026-{month}-01T00:{row:02}:00Z,5,6\n" for month in ("01", "05") for row in range(40)]
+    assert len(import_trace(file(HEADER + "".join(rows)), MAP).trace) == 80
+
+
 def test_a_block_used_by_many_requests_does_not_join_sessions():
     blocks = [[0, 10 + row] for row in range(41)] + [[0, 10, 99]]
     assert block_sessions(blocks).tolist() == [*range(41), 0]

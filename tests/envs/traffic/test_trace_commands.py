@@ -81,6 +81,32 @@ def test_import_reports_what_it_skipped(tmp_path):
     assert "skipped: " in result.stderr
 
 
+def test_info_reads_other_logs_through_a_map_in_a_unit(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("when,in,out\n" + "".join(f"{50 * row},5,6\n" for row in range(200)))
+    assert call("info", log, "--map", MAP).exit_code == 2
+    found = json.loads(call("info", log, "--map", MAP, "--unit", "ms", "--json").stdout)
+    assert found["mean_rps"] == pytest.approx(20.1, abs=0.01)
+    refused = call("info", log, "--map", MAP, "--unit", "m")
+    assert (refused.exit_code, "--unit: expected one of s, ms, us, ns, got 'm'" in refused.stderr) == (2, True)
+
+
+def test_an_output_that_is_the_source_is_refused(trace, tmp_path):
+    link = tmp_path / "link.parquet"
+    link.symlink_to(trace)
+    before = trace.read_bytes()
+    for words in (
+        ("import", trace),
+        ("slice", trace, "--start", "1m"),
+        ("scale", trace, "--factor", 2),
+        ("plot", trace),
+    ):
+        for out in (trace, link):
+            refused = call(*words, "--out", out, "--force")
+            assert (refused.exit_code, f"error: {out}: is the source; choose another name\n") == (2, refused.stderr)
+    assert trace.read_bytes() == before
+
+
 def test_import_refuses_a_malformed_map(tmp_path):
     (tmp_path / "log.csv").write_text(LOG)
     result = call("import", tmp_path / "log.csv", "--map", "arrival_s", "--out", tmp_path / "trace.parquet")
