@@ -1,7 +1,7 @@
 """Importers of published and user-made request logs into `Trace`.
 
 The format is recognised by content: canonical Parquet, the Azure LLM inference CSVs of 2023 and 2024, BurstGPT's CSV,
-Mooncake's JSONL, and any CSV or JSONL with a column map; text files may be gzip-compressed.
+Bailian's and Mooncake's JSONL, and any CSV, JSONL or JSON array with a column map; text files may be gzip-compressed.
 Nothing is dropped silently: a bad row stops the import, or is counted and reported where the caller asked for it.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from envs.traffic.arrival_clock import Unit, clock_of
+from envs.traffic.json_records import json_array, json_lines, paths_of
 from envs.traffic.request_rows import COLUMNS, SORTED_NOTE, ImportResult, RowReader
 from envs.traffic.trace import TraceError
 from envs.traffic.trace_files import TraceLimits, arrivals_of, read_table, trace_from_table
-from policies.json_text import read_json
 from policies.redaction import shown
 
 
@@ -110,7 +111,8 @@ def import_trace(
     Args:
         path: the file; its name does not matter.
         column_map: for other CSV and JSONL files: from ``arrival_s``, ``prompt_tokens`` and ``output_tokens``
-            (optionally ``prefix_hit_tokens``, ``session_id``, ``tenant``, ``model``) to the file's column names.
+            (optionally ``prefix_hit_tokens``, ``session_id``, ``tenant``, ``model``) to the file's column names; to
+            what lies in objects of a JSON log by path, as in ``usage.input_tokens``.
             Arrivals are seconds, the Unix clock in seconds, milliseconds, microseconds or nanoseconds, told by their
             size, or ISO 8601 times; times without an offset are read as UTC.
         skip_bad: leave bad rows out and count them, instead of stopping at the first.
@@ -189,14 +191,14 @@ def _import_text(
         raise TraceError(f"{path}: is empty, expected a header or a JSON object and at least one request")
     text.seek(0)
     lines = _lines(path, text, limits)
-    if first.lstrip().startswith("{"):
-        try:
-            names = set(read_json(first, any_number=True))
-        except ValueError:
-            raise TraceError(f"{path}: line 1: expected a JSON object per line") from None
-        kind, columns = _recognise(path, names, column_map, "jsonl")
+    if first.lstrip()[0] in "{[":
+        records = json_lines(lines) if first.lstrip()[0] == "{" else json_array(lines, LONGEST_LINE)
+        line, record = next(records, (1, ValueError("expected an array of JSON objects, at least one")))
+        if isinstance(record, ValueError):
+            raise TraceError(f"{path}: line {line}: {record}")
+        kind, columns = _recognise(path, paths_of(record), column_map, "jsonl")
         reader = _reader(path, kind, columns, columns, skip_bad, limits, unit)
-        reader.read(_json_records(lines))
+        reader.read(itertools.chain([(line, record)], records))
     else:
         # Semicolons and tabs separate what spreadsheets export in half of the world.
         delimiter = max(",;\t", key=first.count)
@@ -284,15 +286,3 @@ def _lines(path: Path, text: TextIO, limits: TraceLimits) -> Iterator[str]:
                 "`jevons trace import` where that is right"
             )
         yield line
-
-
-def _json_records(text: Iterator[str]) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text, start=1):
-        if not content.strip():
-            continue
-        try:
-            record = read_json(content, any_number=True)
-        except ValueError as error:
-            yield line, ValueError(f"expected a JSON object: {str(error)[:100]}")
-            continue
-        yield line, record if isinstance(record, dict) else ValueError("expected a JSON object")

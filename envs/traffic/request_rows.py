@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.traffic.arrival_clock import UNITS_S, Unit, clock_of, doubt_seconds, stray, unit_named
+from envs.traffic.json_records import value_at
 from envs.traffic.prefix_blocks import block_sessions, prefix_hits
 from envs.traffic.scaling import spread_ticks
 from envs.traffic.trace import Trace, TraceError
@@ -203,7 +204,7 @@ class RowReader:
         row: dict[str, Any] = {}
         for name, place in self.places.items():
             try:
-                value = record[place]
+                value = value_at(record, place) if isinstance(place, str) else record[place]
             except KeyError:
                 raise ValueError(f"expected a field {place!r} for {name}") from None
             try:

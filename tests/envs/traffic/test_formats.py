@@ -198,6 +198,41 @@ def test_other_jsonl_is_read_through_a_column_map(file):
     assert (result.format, result.trace.arrival_s.tolist()) == ("jsonl", [0.0, 2.0])
 
 
+NESTED = [
+    {"at": {"start": 10.5}, "usage": {"in": 5, "out": 6}, "text": 'a } ] " \\ {', "more": [{"x": [1]}]},
+    {"at": {"start": 11.0}, "usage": {"in": 7, "out": 8}},
+]
+NESTED_MAP = {"arrival_s": "at.start", "prompt_tokens": "usage.in", "output_tokens": "usage.out"}
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_an_array_of_objects_is_read_however_it_is_spread_over_lines(file, indent):
+    as_lines = import_trace(file(lines(NESTED)), NESTED_MAP)
+    result = import_trace(file(json.dumps(NESTED, indent=indent)), NESTED_MAP)
+    assert (result.format, result.rows_read) == ("jsonl", 2)
+    assert result.trace.digest() == as_lines.trace.digest()
+    assert result.trace.prompt_tokens.tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[section]\nkey = 1\n", "line 1: expected an array of JSON objects, at least one"),
+        ("[]", "line 1: expected an array of JSON objects, at least one"),
+        (
+            json.dumps([*NESTED, {"at": 3, "usage": {"in": 5, "out": 6}}], indent=1),
+            "line 28: expected a field 'at.start'",
+        ),
+        (json.dumps(NESTED, indent=1)[:-20], "line 19: the file ends within the array"),
+        (json.dumps([NESTED[0], [5]]), "line 1: expected a JSON object"),
+    ],
+)
+def test_a_damaged_array_is_one_sentence_with_its_line(file, text, sentence):
+    with pytest.raises(TraceError) as error:
+        import_trace(file(text), NESTED_MAP)
+    assert sentence in str(error.value)
+
+
 def test_csv_with_canonical_names_needs_no_map(file):
     text = "arrival_s,prompt_tokens,output_tokens,prefix_hit_tokens,session_id\n0,5,6,4,s\n1,5,6,0,s\n"
     trace = import_trace(file(text)).trace
@@ -293,7 +328,7 @@ def test_a_bad_json_line_is_named(file, line, sentence):
         ("\n\n", "is empty"),
         (HEADER, "no known format has columns in, out, when; map them"),
         (AZURE_2023.splitlines()[0] + "\n", "has a header but no rows"),
-        ("{not json\n", "line 1: expected a JSON object per line"),
+        ("{not json\n", "line 1: expected a JSON object: Expecting property name"),
         (b"\x93NUMPY\xff\xfe\x00", "expected Parquet, or CSV or JSONL as UTF-8 text"),
         (b"PAR1 but not really", "cannot be read as Parquet"),
         (b"\x1f\x8b but not really", "cannot be read"),
