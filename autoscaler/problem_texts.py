@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+MOST_READ = 100_000
+"""Letters of an error that are looked at: it may quote a server's whole answer, or the address with a long query."""
 SOME = 3
 """Names that one problem tells."""
 _UNSTEADY = re.compile(r"\s*\((?:read |connect )?timeout=[\d.]+\)|<[\w.]+ object at 0x[0-9a-f]+>(?:: )?")
@@ -22,7 +24,7 @@ def steady(error: object) -> str:
     >>> steady("HTTPConnectionPool(host='a', port=9): Read timed out. (read timeout=0.507)")
     "HTTPConnectionPool(host='a', port=9): Read timed out."
     """
-    return " ".join(_UNSTEADY.sub("", str(error)).split())
+    return " ".join(_UNSTEADY.sub("", str(error)[:MOST_READ]).split())
 
 
 def bare(error: object) -> str:

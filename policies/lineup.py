@@ -242,6 +242,16 @@ def is_peer(reference: str) -> bool:
     return name in BASELINES and name not in OWN
 
 
+def names_bundle(reference: str) -> bool:
+    """True for a bundle in a file or a registry, with or without parameters; not for the one that ships.
+
+    >>> [names_bundle(one) for one in ("a.zip", "a.zip+self", "models:/a/3:first_price=6", "learned:first_price=6")]
+    [True, True, True, False]
+    """
+    name = _split(reference)[0].removesuffix(SELF)
+    return name.endswith(".zip") or name.startswith(REGISTRY_PREFIX)
+
+
 def is_rule(reference: str) -> bool:
     """True for a reactive rule of our own, self-tuned or not."""
     return _split(reference)[0].removesuffix(SELF) in OWN

@@ -22,6 +22,8 @@ SHORTEST = 6
 """Letters of a secret that is hidden wherever it stands; a shorter one would hide ordinary words."""
 LONGEST = 500
 """Letters of a sentence that quotes what others wrote: labels, names and errors may be of any length."""
+QUOTED = 300
+"""Letters of what a server said that a sentence about it repeats."""
 SECRET_FIELD = re.compile(
     r"pass|pwd|secret|(?<!prefill_)token(?!s|\d)|key|credential|auth|cookie|header", re.IGNORECASE
 )
@@ -38,15 +40,16 @@ _URL_SAFE = str.maketrans("+/", "-_")
 
 _WORDS = r"(?:password|passwd|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|credentials?"
 _WORDS += r"|(?:access|auth|bearer|id|refresh|session)[_-]?token)"
-_USER = re.compile(r"""(\b[a-z][a-z0-9+.-]*://[^\s/?#'"\\<>:@]*):(?!\$\{\w+\}@)[^\s'"\\<>]*@""", re.IGNORECASE)
+# Megabytes that others write go through these: no two parts of unbounded length may meet the same letters.
+_USER = re.compile(r"""(://[^\s/?#'"\\<>:@]{0,256}):(?!\$\{\w+\}@)[^\s'"\\<>]{0,512}@""")
 _BARE_USER = re.compile(r"""(\bhttps?://)(?!\*\*\*@)[^\s/?#'"\\<>:@]+@""", re.IGNORECASE)
-_QUERY = re.compile(rf"""([?&][\w.-]*(?:{_WORDS}|token|signature|sig|auth)[\w.-]*=)[^\s&#'"\\<>]+""", re.IGNORECASE)
-_PAIR = re.compile(
-    rf"""(\b[\w-]*{_WORDS}(?:['"]\s*:\s*['"]?|:|\s*=\s*['"]?))(?!\*\*\*)[^\s'"\\,;&<>]+""", re.IGNORECASE
+_QUERY = re.compile(
+    rf"""([?&][\w.-]{{0,64}}(?:{_WORDS}|token|signature|sig|auth)[\w.-]{{0,64}}=)[^\s&#'"\\<>]+""", re.IGNORECASE
 )
+_PAIR = re.compile(rf"""({_WORDS}(?:['"]\s*:\s*['"]?|:|\s*=\s*['"]?))(?!\*\*\*)[^\s'"\\,;&<>]+""", re.IGNORECASE)
 _HEADER = re.compile(
     r"""(\b(?:proxy-)?authorization['"]?\s*[:=]\s*['"]?(?:[a-z]+\s+)?"""
-    r"""|\bx-[\w-]*(?:token|auth|key)[\w-]*['"]?\s*[:=]\s*['"]?)[^\s'"\\,<>]+""",
+    r"""|\bx-[\w-]{0,64}(?:token|auth|key)[\w-]{0,64}['"]?\s*[:=]\s*['"]?)[^\s'"\\,<>]+""",
     re.IGNORECASE,
 )
 _COOKIES = re.compile(r"""(\bcookie['"]?\s*[:=]\s*['"]?)[^\r\n'"\\<>]+""", re.IGNORECASE)
@@ -139,13 +142,13 @@ def shown(text: object) -> str:
     )
 
 
-def in_short(text: str) -> str:
+def in_short(text: str, longest: int = LONGEST) -> str:
     """A sentence that quotes others, no longer than people read.
 
     Redacted before it is cut, as half a secret would not be found; and not all of what may be a megabyte, for long.
     """
-    text = redacted(text[: 4 * LONGEST])
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    text = redacted(text[: 4 * longest])
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 class _Guarded:

@@ -26,6 +26,7 @@ from autoscaler.records.database import RecordsConfig, database_file
 from autoscaler.versions.follower import PolicyConfig
 from autoscaler.versions.ladder import LadderSpec
 from policies.engine import ConfigError, Positive, StrictModel, parse_model, read_yaml
+from policies.lineup import names_bundle
 from policies.names import Name, checked_name
 from policies.secret_url import Url
 from policies.spec import ScalingSpec, load_spec, resolve_engines
@@ -181,7 +182,7 @@ class LiveConfig(StrictModel):
 
     @model_validator(mode="after")
     def _every_bundle_is_signed(self) -> LiveConfig:
-        unchecked = [one for one in (self.fallback, *self.counterfactuals) if one.partition(":")[0].endswith(".zip")]
+        unchecked = [one for one in (self.fallback, *self.counterfactuals) if names_bundle(one)]
         if self.policy.trusted_keys and unchecked:
             raise ValueError(
                 f"policy.trusted_keys: {unchecked[0]!r} is a bundle whose signature nobody checks; only "

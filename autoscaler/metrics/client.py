@@ -19,10 +19,10 @@ from pydantic import Field, model_validator
 
 from autoscaler.actuators.starts import StartSpec
 from autoscaler.metrics import answers, presets
-from autoscaler.problem_texts import steady
+from autoscaler.problem_texts import MOST_READ, steady
 from policies.engine import ConfigError, NonNegative, Positive, StrictModel
 from policies.names import LabelName
-from policies.redaction import redacted, remember
+from policies.redaction import QUOTED, in_short, remember
 from policies.secret_url import HttpUrl
 from policies.spec import Share
 
@@ -338,7 +338,7 @@ class PrometheusClient:
             try:
                 return call(min(self.config.timeout_s, left_s))
             except PrometheusApiClientException as error:
-                why = steady(redacted(str(error)))[:300]
+                why = in_short(steady(error), QUOTED)
                 if "Status Code 4" in why and "Status Code 429" not in why:
                     break  # the server understood and refuses: asking again changes nothing
             except (
@@ -351,8 +351,8 @@ class PrometheusClient:
                 RecursionError,
             ) as error:
                 # The whole query is in the address, which would hide what went wrong.
-                sentence = steady(re.sub(r"with url: \S+", "", redacted(str(error))))
-                why = f"{type(error).__name__}: {sentence[:300]}"
+                sentence = steady(re.sub(r"with url: \S+", "", str(error)[:MOST_READ]))
+                why = f"{type(error).__name__}: {in_short(sentence, QUOTED)}"
             time.sleep(max(0.0, min(pause_s, until_s - time.monotonic())))
             pause_s *= 2
-        raise PrometheusQueryError(redacted(why))
+        raise PrometheusQueryError(why)

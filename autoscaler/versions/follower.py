@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autoscaler.background import Background
 from autoscaler.versions.probation import RollbackSpec
@@ -22,7 +22,7 @@ from policies.contract import Floats
 from policies.engine import ConfigError, Positive, StrictModel
 from policies.fleet import Fleet
 from policies.learned import BundleMismatch, LearnedPolicy, PolicyBundle, load_bundle, mismatch
-from policies.lineup import REGISTRY_PREFIX, SHIPPED_BUNDLE
+from policies.lineup import REGISTRY_PREFIX, SELF, SHIPPED_BUNDLE, names_bundle
 from policies.observation import FEATURES
 from policies.secret_url import Url
 from policies.spec import InterfaceSpec
@@ -57,6 +57,16 @@ class PolicyConfig(StrictModel):
     poll_s: Positive = Field(default=30.0, description="Time between two looks at the registry, seconds.")
     cache: Path = Field(default=Path("runs/live/policies"), description="Folder that keeps the last bundles.")
     rollback: RollbackSpec = Field(default=RollbackSpec(), description="When a new policy is taken back.")
+
+    @model_validator(mode="after")
+    def _bundles_are_followed(self) -> PolicyConfig:
+        # What is followed is checked, signature and all; with parameters it would be a rule, loaded once by nobody.
+        if names_bundle(self.reference) and not is_learned(self):
+            raise ValueError(
+                f"reference {self.reference!r}: expected a rule, `learned`, a bundle file that ends in .zip or models:/"
+                "NAME@ALIAS; a bundle takes neither parameters nor +self here, but see first_prices"
+            )
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,4 +246,6 @@ class PolicyFollower:
 def is_learned(config: PolicyConfig) -> bool:
     """Whether the reference names a bundle rather than a rule."""
     reference = config.reference
-    return reference == "learned" or reference.endswith(".zip") or reference.startswith(REGISTRY_PREFIX)
+    if reference.startswith(REGISTRY_PREFIX):
+        return reference.count(":") == 1 and not reference.endswith(SELF)
+    return reference == "learned" or reference.endswith(".zip")

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoscaler.problem_texts import steady
 from autoscaler.versions import signatures
 from autoscaler.versions.signatures import Trust
 from policies.atomic_files import write_text, write_whole
 from policies.bounded_files import TooLarge, read_bounded
 from policies.learned import MAX_BYTES, BundleMismatch, PolicyBundle, parse_bundle, read_bundle
 from policies.lineup import REGISTRY_PREFIX
-from policies.redaction import redacted, remember
+from policies.redaction import QUOTED, in_short, remember
 from policies.telemetry import turn_off
 
 BUNDLE_FILE = "policy.zip"
@@ -232,7 +233,7 @@ def _faults(reference: str) -> Iterator[None]:
     except BundleMismatch as error:
         raise BundleMismatch(str(error) if str(error).startswith(reference) else f"{reference}: {error}") from None
     except Exception as error:  # MLflow's client raises its own, requests', SQLAlchemy's and the file system's errors
-        raise RegistryUnavailable(f"{reference}: {' '.join(redacted(str(error)).split())[:200]}") from error
+        raise RegistryUnavailable(f"{reference}: {in_short(steady(error), QUOTED)}") from error
 
 
 def _pointer(reference: str) -> str:

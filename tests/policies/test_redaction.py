@@ -228,6 +228,29 @@ def test_redaction_never_breaks_json_and_settles_at_once(text: str) -> None:
     assert redacted(redacted(text)) == redacted(text)
 
 
+HOSTILE = (
+    "a-",
+    "a.",
+    "x-",
+    "x-token",
+    "?a",
+    "?token",
+    "a://",
+    "a://b:",
+    "http://",
+    "password",
+    "Bearer ",
+    "authorization:",
+)
+
+
+@pytest.mark.timeout(60)  # seconds where the time grows with the length, hours where it grows with its square
+@pytest.mark.parametrize("part", HOSTILE)
+def test_megabytes_of_others_are_redacted_in_the_time_that_their_length_takes(part: str) -> None:
+    text = part * (1_000_000 // len(part))
+    assert HIDDEN not in redacted(f"{text} password={HIDDEN}")
+
+
 def test_a_sentence_that_quotes_others_is_cut_and_no_secret_in_two() -> None:
     assert in_short("chat is scraped twice") == "chat is scraped twice"
     remember(HIDDEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import stat
 import subprocess
@@ -112,10 +113,21 @@ def test_a_controller_takes_signed_bundles_and_the_shipped_one(bundle: Path, key
 
 def test_bundles_beside_the_policy_are_refused_where_signatures_are_asked_for(tmp_path: Path, key: Path) -> None:
     policy = {"reference": "learned", "trusted_keys": [public(key)]}
-    with pytest.raises(ValueError, match=r"'other\.zip' is a bundle whose signature nobody checks"):
-        live_config(tmp_path, policy=policy, counterfactuals=("other.zip",))
+    for other in ("other.zip", "other.zip+self", "other.zip:first_price=6", "models:/chat/3+self"):
+        sentence = re.escape(f"{other!r} is a bundle whose signature nobody checks")
+        for field in ({"counterfactuals": (other,)}, {"fallback": other}):
+            with pytest.raises(ValueError, match=sentence):
+                live_config(tmp_path, policy=policy, **field)
     loaded: LiveConfig = live_config(tmp_path, policy={**policy, "trusted_keys": ["keys/a.pub"]})
     assert loaded.located(tmp_path).policy.trusted_keys == (tmp_path / "keys/a.pub",)
+
+
+@pytest.mark.parametrize("behind", ["+self", ":first_price=6", "+self:first_price=6"])
+@pytest.mark.parametrize("bundle", ["other.zip", "models:/chat@champion", "models:/chat/3"])
+def test_a_bundle_that_nobody_would_follow_and_check_is_refused(tmp_path: Path, bundle: str, behind: str) -> None:
+    with pytest.raises(ValueError, match="a bundle takes neither parameters nor"):
+        live_config(tmp_path, policy={"reference": f"{bundle}{behind}"})
+    assert live_config(tmp_path, policy={"reference": f"learned{behind}"}).policy.reference == f"learned{behind}"
 
 
 def test_keys_are_for_their_owner_and_are_never_replaced(key: Path) -> None:
