@@ -1,4 +1,4 @@
-"""HTTP answers that end in time, for clients that stand on urllib3.
+"""HTTP answers that end in time and within a size, for clients that stand on urllib3.
 
 urllib3's time-outs, and so those of requests and of the Kubernetes client, are between two bytes: an answer that drips
 never ends. Here the time-out with which an answer is begun is that of the whole answer.
@@ -11,11 +11,30 @@ import http.client
 import io
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from requests import PreparedRequest
+from requests import PreparedRequest, RequestException
 from requests.adapters import HTTPAdapter
 from urllib3 import PoolManager, Timeout
+
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Of an answer once it is unpacked: several times what 10,000 pods or the queries of 1,000 services fill."""
+PART_BYTES = 2**16
+
+
+class AnswerTooLargeError(OSError):
+    """Raised for an answer that is larger than any that is asked for; a few kilobytes may unpack to gigabytes."""
+
+
+def whole(parts: Iterable[bytes]) -> bytes:
+    """An answer of its unpacked parts. Raises `AnswerTooLargeError`."""
+    answer = bytearray()
+    for part in parts:
+        answer += part
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise AnswerTooLargeError(f"the answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
+    return bytes(answer)
 
 
 class _InTime(io.RawIOBase):
@@ -79,6 +98,13 @@ class BoundedAdapter(HTTPAdapter):
     def send(
         self, request: PreparedRequest, stream: bool = False, timeout: Any = None, *more: Any, **options: Any
     ) -> Any:
-        """As the base."""
-        whole: Any = Timeout(total=timeout)
-        return super().send(request, stream, whole, *more, **options)
+        """As the base, and what is not streamed is read here."""
+        in_all: Any = Timeout(total=timeout)
+        response = super().send(request, stream, in_all, *more, **options)
+        if not stream and response._content is False:  # not read yet
+            try:
+                response._content = whole(response.iter_content(PART_BYTES))
+            except AnswerTooLargeError as error:
+                response.close()
+                raise RequestException(str(error), request=request) from None
+        return response

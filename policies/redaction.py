@@ -86,6 +86,7 @@ def _spellings(secret: str) -> set[str]:
     in_html |= {spelling.replace("+", "&#43;") for spelling in in_html}
     in_base64 = {part for place in range(3) for part in _within_base64(secret.encode(errors="replace"), place)}
     written = {secret.lower(), secret.upper(), unquote(secret), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
+    written |= {repr(secret.encode(errors="replace"))[2:-1]}  # an answer's body, as a client quotes it
     return {secret, *written, *in_urls, *in_html, *in_base64}
 
 

@@ -108,6 +108,7 @@ class CompositeActuator:
         self._clock = clock
         self._leaving: dict[PoolName, dict[str, float]] = {}  # replicas being drained, and since when
         self._asked_s: dict[PoolName, float] = {}  # when their removal was asked for last
+        self._given_back: dict[PoolName, set[str]] = {}  # replicas that may still be listed, and are going
         self._members: dict[str, Mapping[str, str]] = {}  # as last known, by pool label
         self._waits = np.zeros(shape_of(self._pools), bool)
         self._state = FleetState.unknown(self._pools)
@@ -143,6 +144,10 @@ class CompositeActuator:
             if pool.service in failures and not up[pool.row, pool.column]:
                 counts[pool.row, pool.column] = int(np.nan_to_num(now[pool.row, pool.column]))
         self._part(self.replicas, replace(target, replicas=np.where(held, LEAVE_ALONE, counts)), failures)
+        for pool in self._pools:
+            at = (pool.row, pool.column)
+            if not up[at] and ready_to_leave[at] and pool.service not in failures:
+                self._given_back.setdefault(pool, set()).update(self._leaving.get(pool, {}))
         failed = np.array([[one in failures] for one in self._services], bool)
         self._stop_draining(now, ~up & failed)
         self._waits = ~up & ~ready_to_leave
@@ -167,6 +172,8 @@ class CompositeActuator:
             del self._leaving[pool]
         members = self.replicas.members() if rows.any() else {}
         self._members |= members
+        for pool, going in self._given_back.items():
+            going &= set(members.get(pool.label, going))
         failures: dict[str, str] = {}
         for pool in routed:
             try:
@@ -230,6 +237,9 @@ class CompositeActuator:
     def _refill(self, gateway: RoutesRequests, pool: PoolName) -> None:
         """Fill a gateway that has forgotten its servers. Raises `RuntimeError` where nobody knows with what."""
         last = self._members.get(pool.label)
+        if last is not None:  # those that were to go may be gone by now, unless there are no others
+            leaving = self._given_back.get(pool, set()) | self._leaving.get(pool, {}).keys()
+            last = {one: where for one, where in last.items() if one not in leaving} or last
         if not gateway.refill(pool, last or {}):
             return
         if last is None:

@@ -23,6 +23,8 @@ MIN_CELLS = 10
 SHARED_S = 0.5
 """One reading serves all backends for so long, except those that were written to since."""
 BUFFER = 65536
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Of one answer: what tens of thousands of servers fill."""
 
 
 class HAProxyError(RuntimeError):
@@ -86,13 +88,14 @@ class RuntimeApi:
             with self._connect(_left_s(until_s)) as connection:
                 connection.settimeout(_left_s(until_s))
                 connection.sendall(f"{command}\n".encode())
-                parts: list[bytes] = []
-                while True:
+                answer = bytearray()
+                while len(answer) <= MAX_ANSWER_BYTES:
                     connection.settimeout(_left_s(until_s))
                     part = connection.recv(BUFFER)
                     if not part:
-                        return b"".join(parts).decode(errors="replace").strip()
-                    parts.append(part)
+                        return answer.decode(errors="replace").strip()
+                    answer += part
+                raise HAProxyError(f"{self.address}: the answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
         except OSError as error:
             raise HAProxyError(f"{self.address}: {error.strerror or error}") from None
 

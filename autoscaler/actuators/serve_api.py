@@ -16,11 +16,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autoscaler.actuators.base import Refused
-from autoscaler.problem_texts import steady
+from autoscaler.problem_texts import quoted
 from autoscaler.stages import left_behind
 from policies.engine import ConfigError, Positive, StrictModel
 from policies.json_text import read_json
-from policies.redaction import QUOTED, in_short, remember
+from policies.redaction import remember
 from policies.secret_url import HttpUrl, Url
 
 FIRST_PAUSE_S = 0.2
@@ -156,13 +156,10 @@ class ServeApi:
             if response.status_code in (401, 403):
                 raise ServeError(response.status_code, f"{self.connection.address}: refused the token; set token_file")
             if response.status_code >= 400:
-                raise ServeError(
-                    response.status_code, f"HTTP {response.status_code}: {in_short(response.text, QUOTED)}"
-                )
+                raise ServeError(response.status_code, f"HTTP {response.status_code}: {quoted(response.text)}")
             answer: Json = read_json(response.content) if response.content else {}
         except requests.RequestException as error:
-            why = in_short(steady(error), QUOTED)
-            raise ServeError(0, f"{self.connection.address}: {type(error).__name__}: {why}") from None
+            raise ServeError(0, f"{self.connection.address}: {type(error).__name__}: {quoted(error)}") from None
         except ValueError:
             raise ServeError(0, f"{self.connection.address}: the answer is cut short or no JSON") from None
         return answer

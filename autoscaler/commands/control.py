@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -128,6 +128,9 @@ def status(config: Config, as_json: AsJson = False) -> None:
         console = Console(width=PIPE_COLUMNS)
     if found["killed"]:
         console.print(f"KILL SWITCH ENGAGED: {shown(found['killed'])}", style="bold red", highlight=False, markup=False)
+    if found["kill_file_unseen"]:
+        unseen = f"{found['kill_file_unseen']}, and no controller that runs looks at it: it stops nothing"
+        console.print(shown(unseen), style="bold yellow", highlight=False, markup=False)
     for controller in found["controllers"]:
         console.print(
             shown(
@@ -203,7 +206,7 @@ def resume(
     else:
         loaded, database, wanted = _wanted(services, False, config)
         modes = Controls(database).resume(wanted, loaded.mode)
-        _ordered(loaded, database, ", ".join(f"{name}: {mode.value}" for name, mode in modes.items()))
+        _ordered(loaded, database, ", ".join(f"{name}: {mode.value}" for name, mode in modes.items()), wanted)
 
 
 def down(
@@ -248,23 +251,33 @@ def _order(services: list[str] | None, everything: bool, to: Mode, path: Path) -
 
     loaded, database, wanted = _wanted(services, everything, path)
     Controls(database).set_mode(wanted, to)
-    _ordered(loaded, database, f"{', '.join(wanted)}: {to.value}", stops=to is Mode.PAUSED)
+    _ordered(loaded, database, f"{', '.join(wanted)}: {to.value}", wanted, stops=to is Mode.PAUSED)
 
 
-def _ordered(loaded: LiveConfig, database: Database, said: str, stops: bool = False) -> None:
+def _ordered(
+    loaded: LiveConfig, database: Database, said: str, ordered: Collection[str] = (), stops: bool = False
+) -> None:
     """Say what was ordered, whether somebody hears it, and whether the kill switch stands above it.
 
     Raises:
         typer.Exit: with 1 where something should stop, and nobody who could has ever been seen.
     """
     from autoscaler.authority.controls import ANNOTATION
-    from autoscaler.hosting.status import own, status_of, unheard
+    from autoscaler.hosting.presence import ALIVE
+    from autoscaler.hosting.status import NOBODYS, own, status_of, unheard
 
     found = status_of(loaded, database)
     known = own(loaded, found)
     if not stops:
         said += "; the kill switch is engaged: `jevons resume --all` releases it" if found["killed"] else ""
+        mine = str(loaded.kill_file)
+        for one in known:  # what it says of the file here is as old as its last tick
+            why = str(one.get("killed", "")) if one["doing"] in ALIVE else ""
+            if why.startswith("the file ") and mine not in why:
+                said += f"; {one['name']} on {one['host']} is stopped by a file of its own: {why}; remove it there"
         services = found["services"]
+        lost = [one["service"] for one in services if one["service"] in ordered and one["reason"].startswith(NOBODYS)]
+        said += f"; no controller that runs decides on {', '.join(lost)}" if lost else ""
         said += "".join(f"; {one['service']}: {one['reason']}" for one in services if ANNOTATION in one["reason"])
     _say(said)
     nobody = unheard(loaded, known, database.place)
@@ -301,15 +314,16 @@ def _kill_switch(path: Path, engage: bool) -> None:
     from autoscaler.hosting.config import load_live_config
 
     loaded = load_live_config(path).located(Path.cwd())
-    done, failed, database = [], [], None
+    done, failed, database, absent = [], [], None, False
     if loaded.kill_file is not None:
         try:
             if engage:
                 loaded.kill_file.parent.mkdir(parents=True, exist_ok=True)
                 loaded.kill_file.touch()
             else:
+                absent = not loaded.kill_file.exists()
                 loaded.kill_file.unlink(missing_ok=True)
-            done.append(f"file {loaded.kill_file}")
+            done.append(f"file {loaded.kill_file}" + ", which was not there" * absent)
         except OSError as error:
             failed.append(f"file {loaded.kill_file}: {error.strerror or error}")
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from autoscaler.problem_texts import kind
 from policies.contract import Decision, Outcome, Reason
 from policies.pool_arrays import any_pool
-from policies.redaction import redacted, scrubbed, shown
+from policies.redaction import scrubbed, shown
 
 LOG = logging.getLogger("jevons")
 LogFormat = Literal["text", "json"]
@@ -49,8 +49,8 @@ class TextLines(logging.Formatter):
         return shown(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - the library's name
-        """The traceback."""
-        return redacted(super().formatException(ei))
+        """The traceback; no line of it can pass for one of ours."""
+        return "\n".join(shown(line) for line in super().formatException(ei).split("\n"))
 
 
 def configure_logging(form: LogFormat) -> None:

@@ -100,6 +100,8 @@ class Exposition:
             self._decision = decision
             self._stuck_paid = np.broadcast_to(counted.replicas_stuck_paid, self._fleet.exists.shape)
             self.meter.add(decision.snapshot, now_s, counted, self._stuck_paid)
+            scaled = (decision.outcome == Outcome.SCALED)[:, np.newaxis] & self._fleet.exists
+            self.meter.asked(np.where(scaled, decision.settled.replicas, np.nan))
             for outcome, counts in self._outcomes.items():
                 counts += decision.outcome == outcome
             for reason, held_counts in self._held_by.items():

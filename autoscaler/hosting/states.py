@@ -89,13 +89,21 @@ def states_of(
             until_s = float(cooldown_ends_s[row]) if Reason.COOLDOWN in reasons else None
             measured = decision.snapshot.row(row) if reasons & LACKING else {}
             state = ServiceState(State.READY, "; ".join(meaning(one, measured) for one in reasons), until_s)
-        elif Reason.MISSING_METRICS in reasons and not any(one in reasons for one in GENERAL_FIRST[:4]):
+        elif Reason.MISSING_METRICS in reasons and not _about_owners(decision, row, reasons):
             state = ServiceState(State.BLIND, _blindness(decision, row, name, stage_errors, problems))
         else:
             own = {"act": failures[name]} if name in failures else {}
             state = _held(decision, row, reasons, {**stage_errors, **own})
         found.append(state)
     return found
+
+
+def _about_owners(decision: Decision, row: int, reasons: Reason) -> bool:
+    """Whether who may write matters first; where not even the counts could be read, an unread owner does not."""
+    first = [one for one in GENERAL_FIRST[:4] if one in reasons]
+    return bool(first) and (
+        first != [Reason.OWNER_UNKNOWN] or "replicas_target" not in missing(decision.snapshot.row(row))
+    )
 
 
 def _blindness(

@@ -24,6 +24,9 @@ STALE_BEATS = 3.0
 """Control intervals without a word after which a controller counts as silent."""
 FORGET_BEATS = 40.0
 """Control intervals without a word after which a process leaves the list, unless nobody has come after it."""
+NOBODYS = "no controller decides on it"
+SEEN_S = 2.0
+"""A controller that has spoken so long after a kill file was made has looked for it."""
 SILENT = "silent"
 """What is said of one that should say something, and does not."""
 
@@ -53,7 +56,9 @@ def status_of(config: LiveConfig, database: Database, ask_silent: bool = False) 
     controllers = _known(rows, config.interval_s, now_s)
     if ask_silent:
         _ask(controllers, config.exposition.host)
-    killed = kill_file_engaged(config.kill_file) or orders.killed
+    file = kill_file_engaged(config.kill_file)
+    unseen = bool(file) and _looks_elsewhere(config, controllers, now_s)
+    killed = orders.killed or ("" if unseen else file)
     last = {row.service: row for row in decided}
     services = []
     for name in names:
@@ -72,7 +77,19 @@ def status_of(config: LiveConfig, database: Database, ask_silent: bool = False) 
             }
         )
     said = [{key: value for key, value in one.items() if key not in INWARD} for one in controllers]
-    return {"killed": killed, "controllers": said, "services": services}
+    return {"killed": killed, "kill_file_unseen": file if unseen else "", "controllers": said, "services": services}
+
+
+def _looks_elsewhere(config: LiveConfig, controllers: Sequence[dict[str, Any]], now_s: float) -> bool:
+    """Whether the controllers that run have not seen the kill file of this host: theirs is on another disk or path."""
+    running = [one for one in controllers if one["doing"] in RUNNING]
+    if config.kill_file is None or not running:
+        return False
+    try:
+        made_s = config.kill_file.stat().st_mtime
+    except OSError:
+        return False
+    return all(not one.get("killed", "?") and now_s - one["seen_s_ago"] > made_s + SEEN_S for one in running)
 
 
 def own(config: LiveConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -166,11 +183,12 @@ def _state(
     service: str, mode: Mode, ordered_by: str, killed: str, controllers: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """State, reason and end of one service: what is ordered now, else what the controller that leads it has said."""
+    running = [one for one in controllers if one["doing"] in RUNNING or one.get("answers")]
     if killed:
         return _as(State.PAUSED, f"kill switch: {killed}; `jevons resume --all` releases it")
     if mode is Mode.PAUSED:
-        return _as(State.PAUSED, f"paused by {ordered_by or 'an order'}; `jevons resume {service}` ends it")
-    running = [one for one in controllers if one["doing"] in RUNNING or one.get("answers")]
+        nobodys = f"; {NOBODYS}" if running and not any(service in one["states"] for one in running) else ""
+        return _as(State.PAUSED, f"paused by {ordered_by or 'an order'}; `jevons resume {service}` ends it{nobodys}")
     for one in running:
         found = one["states"].get(service)
         if found is not None:
@@ -179,7 +197,7 @@ def _state(
         # What keeps the lease of one service from being renewed says nothing about another one.
         own = [one["leases"][service] for one in running if service in one["leases"]]
         problems = own or [problem for one in running if not one["leases"] for problem in one["problems"]]
-        return _as(State.HELD, "; ".join(["no controller decides on it", *problems[:1]]))
+        return _as(State.HELD, "; ".join([NOBODYS, *problems[:1]]))
     silent = next((one for one in controllers if one["doing"] == SILENT), None)
     if silent is None:
         return _as(State.HELD, "no controller runs")

@@ -19,8 +19,6 @@ from autoscaler.hosting.progress import Progress
 from autoscaler.hosting.states import ServiceState, State
 from policies.contract import Bools, Decision, Floats, Reason
 
-CONFLICT = int(Reason.OTHER_AUTOSCALER | Reason.OWNER_UNKNOWN)
-
 
 class Vitals:
     """A prometheus_client collector.
@@ -114,8 +112,12 @@ class Vitals:
         """(n,) where somebody else acts on the same target, or nobody knows."""
         world, decision = self._world(), self._last()
         flags = [0] * len(self._services) if decision is None else decision.reasons.tolist()
+        # An API server that is away is no conflict: there not even the counts are read.
+        counted = [bool((~np.isnan(counts)).any()) for counts in world.replicas_target]
         return [
-            bool(owner) or row in world.owners_unread or bool(flags[row] & CONFLICT)
+            bool(owner)
+            or bool(flags[row] & Reason.OTHER_AUTOSCALER)
+            or bool(counted[row] and (row in world.owners_unread or flags[row] & Reason.OWNER_UNKNOWN))
             for row, owner in enumerate(world.owners)
         ]
 

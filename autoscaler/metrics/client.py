@@ -19,10 +19,10 @@ from pydantic import Field, model_validator
 
 from autoscaler.actuators.starts import StartSpec
 from autoscaler.metrics import answers, presets
-from autoscaler.problem_texts import MOST_READ, steady
+from autoscaler.problem_texts import MOST_READ, quoted
 from policies.engine import ConfigError, NonNegative, Positive, StrictModel
 from policies.names import LabelName
-from policies.redaction import QUOTED, in_short, remember
+from policies.redaction import remember
 from policies.secret_url import HttpUrl
 from policies.spec import Share
 
@@ -338,7 +338,7 @@ class PrometheusClient:
             try:
                 return call(min(self.config.timeout_s, left_s))
             except PrometheusApiClientException as error:
-                why = in_short(steady(error), QUOTED)
+                why = quoted(error)
                 if "Status Code 4" in why and "Status Code 429" not in why:
                     break  # the server understood and refuses: asking again changes nothing
             except (
@@ -351,8 +351,8 @@ class PrometheusClient:
                 RecursionError,
             ) as error:
                 # The whole query is in the address, which would hide what went wrong.
-                sentence = steady(re.sub(r"with url: \S+", "", str(error)[:MOST_READ]))
-                why = f"{type(error).__name__}: {in_short(sentence, QUOTED)}"
+                sentence = re.sub(r"with url: \S+", "", str(error)[:MOST_READ])
+                why = f"{type(error).__name__}: {quoted(sentence)}"
             time.sleep(max(0.0, min(pause_s, until_s - time.monotonic())))
             pause_s *= 2
         raise PrometheusQueryError(why)

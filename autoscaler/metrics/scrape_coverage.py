@@ -7,7 +7,7 @@ This module must not know what the series mean.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class Targets:
         samples: for each service, how many samples of each target the window holds.
     """
 
-    scrapers: Sequence[Mapping[str, frozenset[str]]]
+    scrapers: Sequence[Mapping[str, Set[str]]]
     newest_s: Sequence[Mapping[str, float]]
     samples: Sequence[Mapping[str, float]]
 

@@ -34,6 +34,8 @@ from policies.spec import ScalingSpec
 
 WORKERS = 8
 """Queries in flight at once."""
+MOST_SCRAPERS = 8
+"""Of one target that are told apart: a page may name any number."""
 LATE_S = 0.25
 """How much later than its deadline a query's answer may be handed over: the machine may be busy, seconds."""
 UNSTORED = (
@@ -221,7 +223,7 @@ class SignalReader:
         """What is scraped of every service, and (n, P) how many targets of each pool; NaN where none is."""
         n, pools = len(self.specs), max(len(spec.pools) for spec in self.specs)
         label, count = self.config.replica_label, np.full((n, pools), np.nan)
-        scrapers: list[dict[str, frozenset[str]]] = [{} for _ in range(n)]
+        scrapers: list[dict[str, set[str]]] = [{} for _ in range(n)]
         newest: list[dict[str, float]] = [{} for _ in range(n)]
         samples: list[dict[str, float]] = [{} for _ in range(n)]
         found: dict[tuple[int, int], set[str]] = {}
@@ -235,7 +237,9 @@ class SignalReader:
                     newest[row][target] = max(newest[row].get(target, -np.inf), float(sample["value"][1]))
                     continue
                 who = " ".join(metric.get(one, "") for one in self.config.scraper_labels).strip()
-                scrapers[row][target] = scrapers[row].get(target, frozenset()) | {who}
+                by = scrapers[row].setdefault(target, set())
+                if len(by) < MOST_SCRAPERS:  # two are one too many already
+                    by.add(who)
                 samples[row][target] = max(samples[row].get(target, 0.0), float(sample["value"][1]))
                 column = self._columns[row].get(metric.get(query.pool_label, "")) if query.pool_label else 0
                 if column is not None:

@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from autoscaler.problem_texts import steady
+from autoscaler.problem_texts import quoted
 from autoscaler.versions import signatures
 from autoscaler.versions.signatures import Trust
 from policies.atomic_files import write_text, write_whole
 from policies.bounded_files import TooLarge, read_bounded
 from policies.learned import MAX_BYTES, BundleMismatch, PolicyBundle, parse_bundle, read_bundle
 from policies.lineup import REGISTRY_PREFIX
-from policies.redaction import QUOTED, in_short, remember
+from policies.redaction import remember
 from policies.telemetry import turn_off
 
 BUNDLE_FILE = "policy.zip"
@@ -164,7 +165,7 @@ def download(client: Any, run_id: str) -> bytes:
     store: Any = get_artifact_repository(uri, tracking_uri=client.tracking_uri)
     try:
         if isinstance(store, HttpArtifactRepository):
-            return _streamed(store.artifact_uri)
+            return _streamed(store.artifact_uri, client.tracking_uri)
         if isinstance(store, LocalArtifactRepository):
             return read_bounded(Path(store.artifact_dir) / BUNDLE_FILE, MAX_BYTES)
         # MLflow's client of another store writes a file of any size; the store itself says how large it is.
@@ -177,15 +178,19 @@ def download(client: Any, run_id: str) -> bytes:
         raise BundleMismatch(f"the bundle of run {run_id}: larger than any policy bundle") from None
 
 
-def _streamed(artifact_uri: str) -> bytes:
-    """The bundle below an address of MLflow's server, as its client asks for it, but within a size and a time."""
+def _streamed(artifact_uri: str, tracking_uri: str) -> bytes:
+    """The bundle below an address of MLflow's server, as its client asks for it, but within a size and a time.
+
+    The run says the address, and whoever may write a run may name any: the login is for the registry's own server.
+    """
     from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
+    from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 
     until_s = time.monotonic() + DOWNLOAD_S
     # Not compressed: the size is that of what is read.
     options: dict[str, Any] = {"stream": True, "extra_headers": {"Accept-Encoding": "identity"}}
-    credentials = get_default_host_creds(artifact_uri)
+    own = urlsplit(artifact_uri)[:2] == urlsplit(tracking_uri)[:2]
+    credentials = get_default_host_creds(artifact_uri) if own else MlflowHostCreds(artifact_uri)
     answer: Any = http_request(credentials, f"/{BUNDLE_FILE}", "GET", **options)
     with answer as response:
         if response.status_code != 200:
@@ -233,7 +238,7 @@ def _faults(reference: str) -> Iterator[None]:
     except BundleMismatch as error:
         raise BundleMismatch(str(error) if str(error).startswith(reference) else f"{reference}: {error}") from None
     except Exception as error:  # MLflow's client raises its own, requests', SQLAlchemy's and the file system's errors
-        raise RegistryUnavailable(f"{reference}: {in_short(steady(error), QUOTED)}") from error
+        raise RegistryUnavailable(f"{reference}: {quoted(error)}") from error
 
 
 def _pointer(reference: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import ipaddress
 import ssl
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from dripping_server import PARTS, DrippingServer
 
-from autoscaler.bounded_http import BoundedAdapter, bound
+from autoscaler.bounded_http import MAX_ANSWER_BYTES, BoundedAdapter, bound
 
 TIMEOUT_S = 0.4
 LATE_S = 1.6
@@ -55,6 +58,31 @@ def test_an_answer_that_drips_for_less_comes_whole_and_its_connection_is_kept() 
         session.mount("http://", BoundedAdapter())
         assert session.get(server.url, timeout=30.0).text == "{}"
     server.stop()
+
+
+def test_an_answer_that_unpacks_to_more_than_any_is_refused() -> None:
+    packed = gzip.compress(bytes(MAX_ANSWER_BYTES + 2**20))
+    assert len(packed) < 2**17
+
+    class Packed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(packed)))
+            self.end_headers()
+            self.wfile.write(packed)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Packed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with requests.Session() as session:
+        session.mount("http://", BoundedAdapter())
+        with pytest.raises(requests.RequestException, match="the answer is larger than 64 MiB"):
+            session.get(f"http://127.0.0.1:{server.server_port}", timeout=30.0)
+    server.shutdown()
+    server.server_close()
 
 
 def test_an_encrypted_answer_ends_in_time_too(tmp_path: Path) -> None:

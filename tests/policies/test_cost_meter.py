@@ -89,3 +89,21 @@ def test_a_pool_that_is_billed_by_the_node_pays_for_whole_nodes() -> None:
     bill.add(seen(1), 1000.0)
     bill.add(seen(1), 1100.0)
     assert bill.usd.sum() == pytest.approx(by_gpu * node_gpus * 100)
+
+
+def test_what_was_asked_for_runs_while_nothing_can_be_read() -> None:
+    """The API server goes away right after a write: the count before it is not what runs."""
+    bill = meter()
+    bill.add(seen(2), 1000.0)
+    usd_per_replica_s = bill._fleet.usd_per_replica_s[0, 0] * 1.15
+    bill.asked(np.array([[5.0]]))
+    bill.add(missing(), 1060.0)
+    assert bill.usd.sum() == pytest.approx(usd_per_replica_s * 5 * 60)
+    after = meter()
+    after.restore(bill.state())
+    after.asked(np.array([[np.nan]]))
+    after.add(missing(), 1100.0)
+    assert after.usd.sum() == pytest.approx(usd_per_replica_s * 5 * 100)
+    after.add(seen(3), 1110.0)  # two of them have not been made
+    after.add(missing(), 1120.0)
+    assert after.usd.sum() == pytest.approx(usd_per_replica_s * (5 * 100 + 3 * 20))

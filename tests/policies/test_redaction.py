@@ -71,6 +71,7 @@ def test_a_secret_is_hidden_however_others_spell_it(password: str) -> None:
     spellings |= {password.lower(), password.upper(), percent.lower()}
     spellings |= {html.escape(password), html.escape(password, quote=False), json.dumps(password)[1:-1]}
     spellings |= {html.escape(password).replace("&quot;", "&#34;").replace("&#x27;", "&#39;").replace("+", "&#43;")}
+    spellings |= {repr(password.encode())[2:-1]}
     for spelling in spellings:
         assert redacted(f"seen: {spelling} there") == "seen: *** there"
 

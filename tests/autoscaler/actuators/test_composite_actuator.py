@@ -348,3 +348,33 @@ def test_a_failure_of_either_part_names_the_service() -> None:
 
 def test_a_service_to_be_left_alone_is_not_touched() -> None:
     assert World().apply(LEAVE_ALONE, 99) == []
+
+
+def test_an_empty_gateway_is_not_filled_with_replicas_that_were_to_go() -> None:
+    """The API server goes away and HAProxy restarts, while a replica is drained or after it was given back."""
+    world = World()
+    world.replicas.lags = True  # it is listed for a while after it was given back
+    world.route()
+    world.caps.sessions = {"r1": 3}
+    world.apply(1, 32)
+    for given_back in (False, True):
+        if given_back:
+            world.caps.sessions = {}
+            assert "replicas 1" in world.apply(1, 32)
+            world.now_s += 1000.0  # the drain is long over
+        world.replicas.away, world.caps.routed = True, set()
+        world.route()
+        assert world.caps.routed == {"r0"}
+        world.replicas.away = False
+    world.replicas.lags, world.replicas.ready = False, 1
+    world.route()
+    assert not any(world.actuator._given_back.values())
+
+
+def test_an_empty_gateway_is_filled_with_what_is_to_go_where_there_is_nothing_else() -> None:
+    world = World()
+    world.replicas.lags = True
+    world.apply(0, 16)
+    world.replicas.away, world.caps.routed = True, set()
+    world.route()
+    assert world.caps.routed == {"r0", "r1"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 from live_fakes import LiveWorld, burst, live_config, service_spec
 
-from autoscaler.hosting.decision_log import DecisionLog, JsonLines
+from autoscaler.hosting.decision_log import TEXT, DecisionLog, JsonLines, TextLines
 
 
 @pytest.fixture
@@ -97,3 +98,13 @@ def test_failures_are_counted_by_stage(tmp_path: Path) -> None:
     world.run(service, 2)
     assert service.registry.get_sample_value("jevons_stage_errors_total", {"stage": "read"}) == 2
     service.close()
+
+
+def test_no_line_of_a_traceback_can_pass_for_one_of_ours() -> None:
+    try:
+        raise RuntimeError("bad\x1b[2J\x1b]0;owned\x07")
+    except RuntimeError:
+        record = logging.LogRecord("jevons", logging.ERROR, "", 0, "it failed", (), sys.exc_info())
+    text = TextLines(TEXT).format(record)
+    assert "\x1b" not in text
+    assert "RuntimeError: bad\\x1b[2J" in text

@@ -95,7 +95,7 @@ def test_of_many_duplicates_and_scrapers_the_first_are_named() -> None:
     problems: list[str] = []
     none = np.array([False])
     Coverage(["chat"], CONFIG, WINDOW_S).lost(targets, np.array([9.0]), np.array([9.0]), 0.0, none, problems)
-    who = "tests r0000, tests r0001, tests r0002 and 4997 more"
+    who = "'tests r0000', 'tests r0001', 'tests r0002' and 4997 more"
     assert problems == [f"chat: 9 of 9 replicas are scraped twice, by {who}: r0, r1, r2 and 6 more"]
 
 

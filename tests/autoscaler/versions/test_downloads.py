@@ -27,6 +27,7 @@ class Artifacts(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.kind, self.asked, self.sent = "whole", 0, 0
+        self.logins: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}/artifacts"
 
 
@@ -35,6 +36,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        self.server.logins.append(self.headers.get("Authorization"))
         self.send_response(404 if self.server.kind == "broken" else 200)
         self.end_headers()
         content = SHIPPED_BUNDLE.read_bytes()
@@ -74,6 +76,17 @@ class Client:
 
     def get_model_version(self, name: str, version: str) -> Any:
         return SimpleNamespace(name=name, version=version, run_id="r", tags=self.tags)
+
+
+def test_the_login_goes_to_the_registrys_own_server_alone(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a-token-of-the-controller")
+    client = Client(artifacts.url)
+    download(client, "r")
+    client.tracking_uri = artifacts.url.removesuffix("/artifacts")
+    download(client, "r")
+    assert artifacts.logins == [None, "Bearer a-token-of-the-controller"]
 
 
 def test_a_bundle_comes_whole(artifacts: Artifacts) -> None:
