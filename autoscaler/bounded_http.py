@@ -11,30 +11,15 @@ import http.client
 import io
 import socket
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from requests import PreparedRequest, RequestException
 from requests.adapters import HTTPAdapter
 from urllib3 import PoolManager, Timeout
 
-MAX_ANSWER_BYTES = 64 * 2**20
-"""Of an answer once it is unpacked: several times what 10,000 pods or the queries of 1,000 services fill."""
+from autoscaler.answer_size import AnswerTooLargeError, whole
+
 PART_BYTES = 2**16
-
-
-class AnswerTooLargeError(OSError):
-    """Raised for an answer that is larger than any that is asked for; a few kilobytes may unpack to gigabytes."""
-
-
-def whole(parts: Iterable[bytes]) -> bytes:
-    """An answer of its unpacked parts. Raises `AnswerTooLargeError`."""
-    answer = bytearray()
-    for part in parts:
-        answer += part
-        if len(answer) > MAX_ANSWER_BYTES:
-            raise AnswerTooLargeError(f"the answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
-    return bytes(answer)
 
 
 class _InTime(io.RawIOBase):

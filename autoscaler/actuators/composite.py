@@ -144,10 +144,12 @@ class CompositeActuator:
             if pool.service in failures and not up[pool.row, pool.column]:
                 counts[pool.row, pool.column] = int(np.nan_to_num(now[pool.row, pool.column]))
         self._part(self.replicas, replace(target, replicas=np.where(held, LEAVE_ALONE, counts)), failures)
-        for pool in self._pools:
+        for pool, leaving in self._leaving.items():
             at = (pool.row, pool.column)
-            if not up[at] and ready_to_leave[at] and pool.service not in failures:
-                self._given_back.setdefault(pool, set()).update(self._leaving.get(pool, {}))
+            gone = not (up[at] or held[at]) and ready_to_leave[at]
+            # Who is not routed is not refilled either, and nobody would forget them.
+            if gone and pool.service not in failures and self._routes(pool):
+                self._given_back.setdefault(pool, set()).update(leaving)
         failed = np.array([[one in failures] for one in self._services], bool)
         self._stop_draining(now, ~up & failed)
         self._waits = ~up & ~ready_to_leave
@@ -225,6 +227,9 @@ class CompositeActuator:
         """Both."""
         self.replicas.close()
         self.batch_cap.close()
+
+    def _routes(self, pool: PoolName) -> bool:
+        return isinstance(self.batch_cap, RoutesRequests) and self.batch_cap.routes(pool.service)
 
     def _part(self, actuator: LiveActuator, target: Target, failures: dict[str, str]) -> None:
         try:

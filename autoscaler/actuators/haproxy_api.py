@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from autoscaler.answer_size import whole
 from policies.json_text import read_integer
 
 DRAIN_FLAGS = 0x08 | 0x10
@@ -23,8 +25,6 @@ MIN_CELLS = 10
 SHARED_S = 0.5
 """One reading serves all backends for so long, except those that were written to since."""
 BUFFER = 65536
-MAX_ANSWER_BYTES = 64 * 2**20
-"""Of one answer: what tens of thousands of servers fill."""
 
 
 class HAProxyError(RuntimeError):
@@ -88,14 +88,7 @@ class RuntimeApi:
             with self._connect(_left_s(until_s)) as connection:
                 connection.settimeout(_left_s(until_s))
                 connection.sendall(f"{command}\n".encode())
-                answer = bytearray()
-                while len(answer) <= MAX_ANSWER_BYTES:
-                    connection.settimeout(_left_s(until_s))
-                    part = connection.recv(BUFFER)
-                    if not part:
-                        return answer.decode(errors="replace").strip()
-                    answer += part
-                raise HAProxyError(f"{self.address}: the answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
+                return whole(_parts(connection, until_s)).decode(errors="replace").strip()
         except OSError as error:
             raise HAProxyError(f"{self.address}: {error.strerror or error}") from None
 
@@ -194,6 +187,16 @@ class RuntimeApi:
             connection.close()
             raise
         return connection
+
+
+def _parts(connection: socket.socket, until_s: float) -> Iterator[bytes]:
+    """What is received until the other side ends, each part by the deadline."""
+    while True:
+        connection.settimeout(_left_s(until_s))
+        part = connection.recv(BUFFER)
+        if not part:
+            return
+        yield part
 
 
 def _left_s(until_s: float) -> float:

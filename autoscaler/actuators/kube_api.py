@@ -25,16 +25,18 @@ from policies.json_text import read_json
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
-FIRST_PAUSE_S, SHORTEST_S, CHUNK = 0.1, 0.05, 1 << 16
+FIRST_PAUSE_S, SHORTEST_S = 0.1, 0.05
 RETRIED_SHARE = 0.75
 """Part of an operation's time in which what was refused is asked again; the rest is for what has not been asked yet."""
 PAGE = 500
 """Objects per page of a list."""
-RETRIED, UNAUTHORIZED = (429, 500, 502, 503, 504), 401
+RETRIED = (429, 500, 502, 503, 504)
 PATCHES = {"PATCH": "application/merge-patch+json", "APPLY": "application/apply-patch+yaml"}
 """Content types of the two ways to patch."""
+UNAUTHORIZED = 401
 MAX_LINE = 1 << 23
 """Bytes of one event of a watch; the API server keeps no object that is larger than a fifth of it."""
+CHUNK = 1 << 16
 Json = dict[str, Any]
 
 
@@ -214,7 +216,8 @@ class KubeApi:
     def _once(self, method: str, path: str, query: dict[str, str], body: Json | None, left_s: float) -> Json:
         from urllib3.exceptions import HTTPError
 
-        response = self._sent(method, path, query, body, max(SHORTEST_S, min(self.connection.timeout_s, left_s)))
+        wait_s = max(SHORTEST_S, min(self.connection.timeout_s, left_s))
+        response = self._sent(method, path, query, body, wait_s)
         try:
             answer = read_json(response.read())
         except (HTTPError, OSError) as error:

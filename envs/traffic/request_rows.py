@@ -140,7 +140,8 @@ class RowReader:
         if self.blocks and self.block_tokens:
             blocks = [self.blocks[row] for row in order]
             columns["prefix_hit_tokens"] = np.minimum(prefix_hits(blocks, self.block_tokens), columns["prompt_tokens"])
-            columns.setdefault("session_id", block_sessions(blocks))
+            if "session_id" not in columns:
+                columns["session_id"] = block_sessions(blocks)
         trace = Trace.from_arrays(arrival_s - arrival_s[0], **columns, name=self.path.stem)
         if self.tick_s is not None and len(trace) > 1:
             ticks = np.round(trace.arrival_s / self.tick_s) * self.tick_s

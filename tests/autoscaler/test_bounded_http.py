@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from dripping_server import PARTS, DrippingServer
 
-from autoscaler.bounded_http import MAX_ANSWER_BYTES, BoundedAdapter, bound
+from autoscaler.answer_size import MAX_ANSWER_BYTES
+from autoscaler.bounded_http import BoundedAdapter, bound
 
 TIMEOUT_S = 0.4
 LATE_S = 1.6

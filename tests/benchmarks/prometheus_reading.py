@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from autoscaler.emulation.engine import TPOT_BUCKETS, TTFT_BUCKETS
 from autoscaler.metrics import promql
 from autoscaler.metrics.client import PrometheusConfig
 from autoscaler.metrics.prometheus import PrometheusSource
@@ -25,29 +26,11 @@ from policies.spec import PoolSpec, ScalingSpec, Slo, find_engine
 
 TARGETS, SERVICES, READINGS = 300, 20, 6
 SCRAPE_S, WINDOW_S = 5.0, 15.0
-EDGES = (
-    0.001,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
-HISTOGRAMS = ("time_to_first_token_seconds", "request_time_per_output_token_seconds", "inter_token_latency_seconds")
+HISTOGRAMS = {
+    "time_to_first_token_seconds": TTFT_BUCKETS,
+    "request_time_per_output_token_seconds": TPOT_BUCKETS,
+    "inter_token_latency_seconds": TPOT_BUCKETS,
+}
 GAUGES = {"num_requests_running": 5.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.4}
 RATES = {
     "prompt_tokens_total": 1000.0,
@@ -57,7 +40,7 @@ RATES = {
     "request_generation_tokens_sum": 200.0,
     "request_generation_tokens_count": 1.0,
     **{f'request_success_total{{finished_reason="{reason}"}}': 0.25 for reason in ("stop", "length", "abort", "error")},
-    **{f'{name}_bucket{{le="{edge}"}}': 1.0 for name in HISTOGRAMS for edge in (*EDGES, "+Inf")},
+    **{f'{name}_bucket{{le="{edge}"}}': 1.0 for name, edges in HISTOGRAMS.items() for edge in (*edges, "+Inf")},
 }
 
 

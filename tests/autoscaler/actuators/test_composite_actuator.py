@@ -378,3 +378,11 @@ def test_an_empty_gateway_is_filled_with_what_is_to_go_where_there_is_nothing_el
     world.replicas.away, world.caps.routed = True, set()
     world.route()
     assert world.caps.routed == {"r0", "r1"}
+
+
+def test_a_tick_that_leaves_a_service_alone_gives_nothing_back() -> None:
+    world = World()
+    world.caps.sessions = {"r1": 3}
+    world.apply(1, 32)
+    world.apply(LEAVE_ALONE, 32)
+    assert not any(world.actuator._given_back.values())
